@@ -1,0 +1,295 @@
+"""The same API for threads without an event loop.
+
+`open_runtime_blocking` runs a runtime on an event loop in a thread of its own; the calls here hand theirs over to it and
+wait, from any number of threads. Each is one line; what it does is said at its twin in `session` and `runtime`. A thread
+that runs an event loop may call them too, but blocks its loop meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from msgspec import UNSET, UnsetType
+
+from .config import Config
+from .quarantine import Quarantine, QuarantinedChange
+from .records import (
+    AgentContext,
+    AgentSwitch,
+    Document,
+    Durability,
+    Message,
+    NewMessage,
+    Order,
+    Page,
+    Role,
+    Session,
+    Watermarks,
+)
+from .runtime import Runtime, open_runtime
+from .session import PAGE_ITEMS_MAX, SessionHandle
+from .status import Status
+
+__all__ = ["BlockingQuarantine", "BlockingRuntime", "BlockingSessionHandle", "open_runtime_blocking"]
+
+
+class BlockingSessionHandle:
+    """`SessionHandle` for threads."""
+
+    __slots__ = ("_portal", "_session", "incarnation", "session_id")
+
+    def __init__(self, session: SessionHandle, portal: BlockingPortal) -> None:
+        self.session_id = session.session_id
+        self.incarnation = session.incarnation
+        self._session = session
+        self._portal = portal
+
+    def __repr__(self) -> str:
+        return f"<BlockingSessionHandle {self.session_id!r}>"
+
+    def record(self) -> Session:
+        return self._portal.call(self._session.record)
+
+    def update(
+        self,
+        *,
+        title: str | None | UnsetType = UNSET,
+        description: str | None | UnsetType = UNSET,
+        metadata: Mapping[str, Any] | None | UnsetType = UNSET,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Session:
+        return self._portal.call(partial(self._session.update, title=title, description=description, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def delete(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
+        self._portal.call(partial(self._session.delete, durability=durability, idempotency_key=idempotency_key))
+
+    def append(
+        self,
+        role: Role,
+        content: str | list[Any] | None = None,
+        *,
+        name: str | None = None,
+        tool_calls: list[dict[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        token_count: int | None = None,
+        metadata: dict[str, Any] | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Message:
+        return self._portal.call(partial(self._session.append, role, content, name=name, tool_calls=tool_calls, tool_call_id=tool_call_id, token_count=token_count, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def append_many(
+        self,
+        messages: Sequence[NewMessage | Mapping[str, Any]],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[Message]:
+        return self._portal.call(partial(self._session.append_many, messages, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def append_tool_result(
+        self,
+        call_id: str,
+        tool_name: str,
+        result: Any,
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Message:
+        return self._portal.call(partial(self._session.append_tool_result, call_id, tool_name, result, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def pop(
+        self, *, durability: Durability | None = None, idempotency_key: str | None = None
+    ) -> Message | None:
+        return self._portal.call(partial(self._session.pop, durability=durability, idempotency_key=idempotency_key))
+
+    def clear(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
+        self._portal.call(partial(self._session.clear, durability=durability, idempotency_key=idempotency_key))
+
+    def messages(self, *, after: int | None = None, limit: int = 100, order: Order = "asc") -> Page[Message]:
+        return self._portal.call(partial(self._session.messages, after=after, limit=limit, order=order))
+
+    def message(self, seq: int) -> Message | None:
+        return self._portal.call(self._session.message, seq)
+
+    def scan_messages(self, *, after: int | None = None) -> Iterator[Message]:
+        while True:
+            page = self.messages(after=after, limit=PAGE_ITEMS_MAX)
+            yield from page.items
+            if page.next is None:
+                return
+            after = page.next
+
+    def history(self, limit: int | None = None) -> list[dict[str, Any]]:
+        return self._portal.call(self._session.history, limit)
+
+    def context(self) -> AgentContext:
+        return self._portal.call(self._session.context)
+
+    def switches(self) -> list[AgentSwitch]:
+        return self._portal.call(self._session.switches)
+
+    def switch_agent(
+        self,
+        agent: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> AgentContext:
+        return self._portal.call(partial(self._session.switch_agent, agent, reason=reason, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def update_context(
+        self,
+        *,
+        metadata: Mapping[str, Any],
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> AgentContext:
+        return self._portal.call(partial(self._session.update_context, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def put_document(
+        self,
+        collection: str,
+        key: str,
+        value: Any,
+        *,
+        media_type: str | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Document:
+        return self._portal.call(partial(self._session.put_document, collection, key, value, media_type=media_type, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+    def get_document(self, collection: str, key: str) -> Document | None:
+        return self._portal.call(self._session.get_document, collection, key)
+
+    def list_documents(
+        self, collection: str, *, cursor: str | None = None, limit: int = 100
+    ) -> Page[Document]:
+        return self._portal.call(partial(self._session.list_documents, collection, cursor=cursor, limit=limit))
+
+    def delete_document(
+        self,
+        collection: str,
+        key: str,
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> bool:
+        return self._portal.call(partial(self._session.delete_document, collection, key, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+
+
+class BlockingQuarantine:
+    """`Quarantine` for threads."""
+
+    def __init__(self, quarantine: Quarantine, portal: BlockingPortal) -> None:
+        self._quarantine = quarantine
+        self._portal = portal
+
+    def entries(self) -> list[QuarantinedChange]:
+        return self._portal.call(self._quarantine.entries)
+
+    def replay(self, session_id: str) -> int:
+        return self._portal.call(self._quarantine.replay, session_id)
+
+    def drop(self, session_id: str) -> int:
+        return self._portal.call(self._quarantine.drop, session_id)
+
+
+class BlockingRuntime:
+    """`Runtime` for threads."""
+
+    def __init__(self, runtime: Runtime, portal: BlockingPortal) -> None:
+        self.config = runtime.config
+        self.plugins = runtime.plugins
+        self._runtime = runtime
+        self._portal = portal
+
+    def create_session(
+        self,
+        session_id: str | None = None,
+        *,
+        user_id: str | None = None,
+        system_prompt: str | None = None,
+        title: str | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        agent: str = "orchestrator",
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> BlockingSessionHandle:
+        return self._handle(self._portal.call(partial(self._runtime.create_session, session_id, user_id=user_id, system_prompt=system_prompt, title=title, description=description, metadata=metadata, agent=agent, durability=durability, idempotency_key=idempotency_key)))  # fmt: skip
+
+    def get_or_create_session(
+        self,
+        session_id: str,
+        *,
+        user_id: str | None = None,
+        system_prompt: str | None = None,
+        title: str | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        agent: str = "orchestrator",
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> BlockingSessionHandle:
+        return self._handle(self._portal.call(partial(self._runtime.get_or_create_session, session_id, user_id=user_id, system_prompt=system_prompt, title=title, description=description, metadata=metadata, agent=agent, durability=durability, idempotency_key=idempotency_key)))  # fmt: skip
+
+    def get_session(self, session_id: str) -> BlockingSessionHandle:
+        return self._handle(self._portal.call(self._runtime.get_session, session_id))
+
+    def list_sessions(
+        self, *, user_id: str | None = None, limit: int = 50, cursor: str | None = None, order: Order = "desc"
+    ) -> Page[Session]:
+        return self._portal.call(partial(self._runtime.list_sessions, user_id=user_id, limit=limit, cursor=cursor, order=order))  # fmt: skip
+
+    def scan_sessions(self, *, user_id: str | None = None, order: Order = "asc") -> Iterator[Session]:
+        cursor = None
+        while True:
+            page = self.list_sessions(user_id=user_id, limit=PAGE_ITEMS_MAX, cursor=cursor, order=order)
+            yield from page.items
+            if page.next is None:
+                return
+            cursor = page.next
+
+    @property
+    def watermarks(self) -> Watermarks:
+        return self._portal.call(lambda: self._runtime.watermarks)
+
+    def flush(self) -> None:
+        self._portal.call(self._runtime.flush)
+
+    def status(self) -> Status:
+        return self._portal.call(self._runtime.status)
+
+    @property
+    def quarantine(self) -> BlockingQuarantine:
+        return BlockingQuarantine(self._runtime.quarantine, self._portal)
+
+    def _handle(self, session: SessionHandle) -> BlockingSessionHandle:
+        return BlockingSessionHandle(session, self._portal)
+
+
+@contextmanager
+def open_runtime_blocking(
+    config: Config | str,
+    *,
+    plugins: Iterable[object] = (),
+    address: str | None = None,
+    loop: Literal["asyncio", "trio"] = "asyncio",
+) -> Iterator[BlockingRuntime]:
+    """`open_runtime` for threads: `with open_runtime_blocking("sqlite:///data/agent_runtime.db") as runtime`.
+
+    `loop` is the kind of event loop that runs in the thread. Raises what `open_runtime` raises.
+    """
+    with (
+        start_blocking_portal(loop, name="agent-runtime") as portal,
+        portal.wrap_async_context_manager(open_runtime(config, plugins=plugins, address=address)) as runtime,
+    ):
+        yield BlockingRuntime(runtime, portal)

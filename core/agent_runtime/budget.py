@@ -1,0 +1,92 @@
+"""The budget for unstored changes: bytes that may be acknowledged before the database has them.
+
+Guarantees: no more than `bytes_max` are in use (but for the few bytes by which a change may grow while it waits); room is
+given in the order it was asked for; who waits too long, or is cancelled, has taken nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import anyio
+
+from .errors import AgentRuntimeError, Overloaded
+
+__all__ = ["Budget"]
+
+
+class _Ticket:
+    __slots__ = ("event", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.event = anyio.Event()
+
+
+class Budget:
+    """Counts bytes. `retry_after_s` is what a refused caller is told."""
+
+    def __init__(self, bytes_max: int, *, timeout_s: float, retry_after_s: float) -> None:
+        self.bytes_max = bytes_max
+        self.used = 0
+        self._timeout_s = timeout_s
+        self._retry_after_s = retry_after_s
+        self._queue: deque[_Ticket] = deque()
+        self._stopped: AgentRuntimeError | None = None
+
+    def admit(self, size: int) -> bool:
+        """Take `size` bytes if there is room and nobody waits before us."""
+        if self._queue or self.used + size > self.bytes_max:
+            return False
+        self.used += size
+        return True
+
+    def adjust(self, difference: int) -> None:
+        """A change that has its room turned out larger or smaller."""
+        if difference < 0:
+            self.release(-difference)
+        else:
+            self.used += difference
+
+    def release(self, size: int) -> None:
+        """Give `size` bytes back, and let in who waits."""
+        self.used -= size
+        queue = self._queue
+        while queue and self.used + queue[0].size <= self.bytes_max:
+            ticket = queue.popleft()
+            self.used += ticket.size
+            ticket.event.set()
+
+    def stop(self, error: AgentRuntimeError) -> None:
+        """Nothing more gets room: whoever waits gets `error`."""
+        self._stopped = error
+        for ticket in self._queue:
+            ticket.event.set()
+
+    async def reserve(self, size: int) -> None:
+        """Wait for `size` bytes and take them.
+
+        Raises:
+            Overloaded: there was no room in time.
+        """
+        ticket = _Ticket(size)
+        self._queue.append(ticket)
+        try:
+            with anyio.move_on_after(self._timeout_s):
+                await ticket.event.wait()
+        except BaseException:
+            self._leave(ticket)
+            raise
+        if self._stopped is not None:
+            self._leave(ticket)
+            raise self._stopped
+        if not ticket.event.is_set():
+            self._leave(ticket)
+            raise Overloaded(self._retry_after_s, self.used, self.bytes_max)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        if ticket in self._queue:
+            self._queue.remove(ticket)
+            self.release(0)
+        elif ticket.event.is_set():
+            self.release(ticket.size)

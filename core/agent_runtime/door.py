@@ -1,0 +1,336 @@
+"""The door: every call on a session comes in here, and every change is acknowledged here.
+
+A write may wait at the door (for a head that is not in memory, for room in the budget). Then it commits in one synchronous
+step: plan the change from the session's state, take its sequence, show it in memory, hand it to the scheduler. There is
+no lock, no await and no task in that step, so it is whole or has not happened, whatever is cancelled. After it the change
+stands; waiting for a higher level may fail, the change does not.
+
+Guarantees: a failure or cancellation before the commit changes nothing; one load at a time for a session, whose failure
+all who wait for it share; no history is loaded to write.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from typing import Final, Generic, TypeVar, cast
+
+import anyio
+import msgspec
+from anyio.lowlevel import checkpoint
+
+from .budget import Budget
+from .changes import Change, encode_change
+from .errors import (
+    AgentRuntimeError,
+    DurabilityNotReached,
+    IdempotencyConflict,
+    InvalidInput,
+    LeaseLost,
+    RuntimeClosed,
+    SessionHeld,
+    SessionNotFound,
+    StorageError,
+    StorageUnavailable,
+)
+from .log import Log
+from .records import Durability
+from .residents import OUTCOMES_MAX, Resident, Residents, Unknown
+from .rows import OutcomeRow
+from .scheduler import Pending, Scheduler
+from .storage import Snapshot, Storage
+
+__all__ = ["CREATION_SCOPE", "Door", "Plan", "Request"]
+
+CREATION_SCOPE: Final = "create"
+_OUTCOME_LIFE: Final = timedelta(hours=24)
+_CREATIONS_MAX: Final = 4096
+_TURN: Final = 64  # writes between two yields to the loop: one takes about 15 µs, so this is about a millisecond
+_CHANGE_BYTES: Final = 700  # what an unstored change takes in memory besides its messages (measured)
+
+T = TypeVar("T")
+
+
+class Request(msgspec.Struct, Generic[T], frozen=True):
+    """A call with an idempotency key: which call, the hash of its arguments, and how its outcome is read again."""
+
+    key: str
+    route: str
+    body_hash: str
+    read_outcome: Callable[[str], T]
+
+
+class Plan(msgspec.Struct, Generic[T], frozen=True):
+    """What a write is going to do: the change (None: there is nothing to change), and what the call returns."""
+
+    change: Change | None
+    result: T
+
+
+class _Flight:
+    """A load under way, and the error it ended with."""
+
+    __slots__ = ("error", "landed")
+
+    def __init__(self) -> None:
+        self.landed = anyio.Event()
+        self.error: AgentRuntimeError | None = None
+
+
+class Door:
+    """What all handles share."""
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        log: Log,
+        budget: Budget,
+        residents: Residents,
+        scheduler: Scheduler,
+        now: Callable[[], datetime],
+        durability: Durability,
+        durability_timeout_s: float,
+    ) -> None:
+        self.storage = storage
+        self.log = log
+        self.residents = residents
+        self.now = now
+        self._budget = budget
+        self._scheduler = scheduler
+        self._durability = durability
+        self._durability_timeout_s = durability_timeout_s
+        self._flights: dict[str, _Flight] = {}
+        self._creations: OrderedDict[str, OutcomeRow] = OrderedDict()
+        self._turn = _TURN
+        self._closed: AgentRuntimeError | None = None
+
+    def close(self, error: AgentRuntimeError | None = None) -> None:
+        """From now on every call raises `error` (default: RuntimeClosed)."""
+        if self._closed is None or error is not None:
+            self._closed = error or RuntimeClosed()
+
+    def check_open(self) -> None:
+        """Raise what every call raises now, if the door is closed."""
+        if self._closed is not None:
+            raise self._closed
+
+    def level(self, durability: str | None) -> Durability:
+        """The level that a call waits for."""
+        level = durability or self._durability
+        if level in ("buffered", "stored"):
+            return cast(Durability, level)
+        if level in ("journaled", "synced"):
+            raise InvalidInput("durability", f"{level!r} needs the journal, which this version does not have: use 'buffered' or 'stored'")
+        raise InvalidInput("durability", f"{level!r} is not a level: use 'buffered' or 'stored'")
+
+    # Finding sessions
+
+    async def locate(self, session_id: str) -> Resident | None:
+        """The session with this id, loaded if need be; None when there is none.
+
+        Nothing happens between this call's last look at memory and its return.
+        """
+        while True:
+            if self._closed is not None:
+                raise self._closed
+            resident = self.residents.find(session_id)
+            if not isinstance(resident, Unknown):
+                return resident
+            await self._load(session_id)
+
+    async def resident(self, session_id: str, incarnation: str) -> Resident:
+        """The session that a handle means.
+
+        Raises:
+            SessionNotFound: it is deleted; perhaps another one has its id.
+        """
+        resident = await self.locate(session_id)
+        if resident is None or resident.incarnation != incarnation or resident.deleted:
+            raise SessionNotFound(session_id)
+        return resident
+
+    async def _load(self, session_id: str) -> None:
+        flight = self._flights.get(session_id)
+        if flight is not None:
+            await flight.landed.wait()
+            if flight.error is not None:
+                raise flight.error
+            return
+        flight = self._flights[session_id] = _Flight()
+        try:
+            async with self.view(None) as snapshot:
+                rows = await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX)
+            self.residents.admit(session_id, rows)
+        except StorageError as error:
+            flight.error = error
+            raise
+        finally:
+            del self._flights[session_id]
+            flight.landed.set()
+
+    @asynccontextmanager
+    async def view(self, resident: Resident | None) -> AsyncIterator[Snapshot]:
+        """A view of the database over which the changes in memory may be laid until it is left."""
+        start = self.log.stored
+        view = self.residents.open_view(resident, start)
+        try:
+            async with self.storage.snapshot() as snapshot:
+                if snapshot.watermark < start:
+                    raise StorageUnavailable(f"the database answers from {snapshot.watermark}, {start} is stored already")
+                yield snapshot
+        finally:
+            self.residents.close_view(view)
+
+    # Writing
+
+    async def write(
+        self,
+        session_id: str,
+        scope: str,
+        decide: Callable[[Resident | None], Plan[T]],
+        *,
+        durability: str | None,
+        request: Request[T] | None = None,
+        fresh: bool = False,
+    ) -> T:
+        """Change a session: call `decide` with what there is under the id, and carry out the plan it returns.
+
+        `decide` is synchronous and changes nothing; it may be called again when the state moved while the call waited.
+        `scope` is where the idempotency key counts: the session's incarnation, or CREATION_SCOPE. `fresh`: the id was
+        made for this call, so that the database need not be asked.
+        """
+        level = self.level(durability)
+        self._turn -= 1
+        if self._turn <= 0:
+            self._turn = _TURN
+            await checkpoint()
+        reserved = 0
+        asked = False
+        try:
+            while True:
+                if self._closed is not None:
+                    raise self._closed
+                current = None if fresh else self.residents.find(session_id)
+                if isinstance(current, Unknown):
+                    await self.locate(session_id)
+                    continue
+                if request is not None:
+                    outcome = self._known_outcome(scope, current, request.key)
+                    if outcome is None and not asked and not self._knows_all_outcomes(scope, current):
+                        asked = True
+                        outcome = await self._stored_outcome(scope, current, request.key)
+                        if outcome is None:
+                            continue
+                    if outcome is not None and outcome.expires_at > self.now():
+                        return await self._repeat(outcome, request, level)
+                plan = decide(current)
+                change = plan.change
+                if change is None:
+                    return plan.result
+                if current is not None and current.held:
+                    raise SessionHeld(session_id)
+                if request is not None:
+                    change = self._with_outcome(change, scope, request, plan.result)
+                size = self._size(change)
+                if reserved:
+                    self._budget.adjust(size - reserved)
+                elif not self._budget.admit(size):
+                    if size > self._budget.bytes_max:
+                        raise InvalidInput(
+                            "call",
+                            f"its change takes {size} bytes, more than all of write_behind.pending_bytes_max "
+                            f"({self._budget.bytes_max}): split the call",
+                        )
+                    await self._budget.reserve(size)
+                    reserved = size
+                    continue
+                reserved = 0
+                self._commit(change, current, size)
+                break
+        finally:
+            if reserved:
+                self._budget.release(reserved)
+        if level == "stored":
+            await self._wait(change.sequence, plan.result)
+        return plan.result
+
+    def _commit(self, change: Change, current: Resident | None, size: int) -> None:
+        """The change is acknowledged from here on."""
+        log = self.log
+        if change.sequence != log.accepted + 1:
+            raise ValueError(f"change {change.sequence} was planned, but the log stands at {log.accepted}")
+        if current is None or change.birth is not None:
+            current = Resident(change.session_id, change.incarnation)
+        log.accepted = change.sequence
+        self.residents.add(change, current)
+        self._scheduler.add(Pending(change, current, size))
+        outcome = change.outcome
+        if outcome is not None and outcome.scope == CREATION_SCOPE:
+            self._remember_creation(outcome)
+
+    @staticmethod
+    def _size(change: Change) -> int:
+        """What the change takes in memory until it is stored, in bytes."""
+        if change.messages and change.birth is None and change.outcome is None:
+            return _CHANGE_BYTES + sum([len(memoryview(raw)) for raw in change.messages])
+        return _CHANGE_BYTES + len(encode_change(change))
+
+    async def _wait(self, sequence: int, result: object) -> None:
+        """Wait until a change that stands already is stored."""
+        reason = f"it took more than {self._durability_timeout_s:g} s"
+        try:
+            with anyio.move_on_after(self._durability_timeout_s):
+                await self.log.wait_stored(sequence)
+                return
+        except (LeaseLost, RuntimeClosed) as error:
+            raise DurabilityNotReached(result, sequence, "stored", "buffered", str(error)) from error
+        except anyio.get_cancelled_exc_class() as error:
+            raise DurabilityNotReached(result, sequence, "stored", "buffered", "the wait was cancelled") from error
+        raise DurabilityNotReached(result, sequence, "stored", "buffered", reason)
+
+    # Idempotency keys
+
+    def _known_outcome(self, scope: str, current: Resident | None, key: str) -> OutcomeRow | None:
+        if scope == CREATION_SCOPE:
+            return self._creations.get(key)
+        mine = current if current is not None and current.incarnation == scope else self.residents.dirty.get(scope)
+        return None if mine is None else mine.outcomes.get(key)
+
+    @staticmethod
+    def _knows_all_outcomes(scope: str, current: Resident | None) -> bool:
+        return current is not None and current.incarnation == scope and current.outcomes_complete
+
+    async def _stored_outcome(self, scope: str, current: Resident | None, key: str) -> OutcomeRow | None:
+        async with self.view(current) as snapshot:
+            row = await snapshot.outcome(scope, key)
+            return self._known_outcome(scope, current, key) or row
+
+    async def _repeat(self, outcome: OutcomeRow, request: Request[T], level: str) -> T:
+        """Answer a call that was made before with what it gave then."""
+        if outcome.route != request.route or outcome.body_hash != request.body_hash:
+            raise IdempotencyConflict(request.key)
+        result = request.read_outcome(outcome.outcome)
+        if level == "stored":
+            await self._wait(outcome.sequence, result)
+        return result
+
+    def _with_outcome(self, change: Change, scope: str, request: Request[T], result: T) -> Change:
+        outcome = OutcomeRow(
+            scope=scope,
+            key=request.key,
+            route=request.route,
+            body_hash=request.body_hash,
+            outcome=msgspec.json.encode(result).decode(),
+            sequence=change.sequence,
+            expires_at=self.now() + _OUTCOME_LIFE,
+        )
+        return msgspec.structs.replace(change, outcome=outcome)
+
+    def _remember_creation(self, outcome: OutcomeRow) -> None:
+        creations = self._creations
+        creations[outcome.key] = outcome
+        while len(creations) > _CREATIONS_MAX and next(iter(creations.values())).sequence <= self.residents.settled:
+            creations.popitem(last=False)

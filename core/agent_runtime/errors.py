@@ -1,0 +1,232 @@
+"""Every error a caller can meet, and the few that only a storage and the scheduler exchange.
+
+    AgentRuntimeError
+    ├── InvalidInput              refused at the door; names the field
+    ├── SessionNotFound
+    ├── SessionExists
+    ├── SessionHeld               an earlier change of the session waits in quarantine
+    ├── IdempotencyConflict       the key was used with another body
+    ├── Overloaded                the budget for unstored changes stayed full; nothing was changed
+    ├── DurabilityNotReached      applied, but not yet at the level asked for
+    ├── Quarantined               a change waited for can never be stored as it is
+    ├── StorageError
+    │   ├── StorageUnavailable    try again: the database is away, busy or shutting down
+    │   ├── StorageFatal          trying again can't help: corrupt, too new, credentials
+    │   ├── ChangeRejected        (storage → scheduler) this batch holds a change that can never apply
+    │   └── SequenceMismatch      (storage → scheduler) the database stands at another sequence
+    ├── JournalError
+    │   ├── JournalFull
+    │   ├── JournalCorrupt
+    │   └── JournalMismatch
+    ├── LeaseHeld                 another runtime has the right to write
+    ├── LeaseLost                 this runtime had it, and has lost it
+    ├── ConfigError
+    ├── PluginError
+    └── RuntimeClosed
+
+Messages name ids, fields and counts; never the content of a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = [
+    "AgentRuntimeError",
+    "ChangeRejected",
+    "ConfigError",
+    "DurabilityNotReached",
+    "IdempotencyConflict",
+    "InvalidInput",
+    "JournalCorrupt",
+    "JournalError",
+    "JournalFull",
+    "JournalMismatch",
+    "LeaseHeld",
+    "LeaseLost",
+    "Overloaded",
+    "PluginError",
+    "Quarantined",
+    "RuntimeClosed",
+    "SequenceMismatch",
+    "SessionExists",
+    "SessionHeld",
+    "SessionNotFound",
+    "StorageError",
+    "StorageFatal",
+    "StorageUnavailable",
+]
+
+
+class AgentRuntimeError(Exception):
+    """The root of the tree."""
+
+
+class InvalidInput(AgentRuntimeError):
+    """An argument that is refused before anything happens.
+
+    `path` names the field, as in `messages[3].metadata.tags[0]`.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class _SessionError(AgentRuntimeError):
+    def __init__(self, session_id: str, message: str) -> None:
+        super().__init__(message)
+        self.session_id = session_id
+
+
+class SessionNotFound(_SessionError):
+    """No such session: never created, deleted, or re-created since the handle was made."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id, f"there is no session {session_id!r}")
+
+
+class SessionExists(_SessionError):
+    """`create_session` with an id that is taken."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(session_id, f"the session {session_id!r} exists already")
+
+
+class SessionHeld(_SessionError):
+    """A change of this session is in quarantine: reads go on, writes wait until it is replayed or dropped."""
+
+    def __init__(self, session_id: str) -> None:
+        super().__init__(
+            session_id,
+            f"the session {session_id!r} is held: one of its changes is in quarantine; replay or drop it first",
+        )
+
+
+class IdempotencyConflict(AgentRuntimeError):
+    """An idempotency key that was used before, for another call or with another body."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the idempotency key {key!r} was used before with another request")
+        self.key = key
+
+
+class Overloaded(AgentRuntimeError):
+    """The budget for unstored changes stayed full for `append_timeout_s`. Nothing was changed."""
+
+    def __init__(self, retry_after_s: float, pending_bytes: int, pending_bytes_max: int) -> None:
+        super().__init__(
+            f"unstored changes fill their budget ({pending_bytes} of {pending_bytes_max} bytes): "
+            f"nothing was changed, try again in {retry_after_s:g} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class DurabilityNotReached(AgentRuntimeError):
+    """The change is applied and visible, and goes on to the database; the level asked for was not reached in time.
+
+    `outcome` is what the call would have returned. Do not repeat the call: it would apply twice.
+    """
+
+    def __init__(self, outcome: Any, sequence: int, wanted: str, reached: str, reason: str) -> None:
+        super().__init__(
+            f"change {sequence} is applied but only {reached}, not yet {wanted} ({reason}); do not repeat the call"
+        )
+        self.outcome = outcome
+        self.sequence = sequence
+        self.wanted = wanted
+        self.reached = reached
+
+
+class Quarantined(AgentRuntimeError):
+    """Changes that were waited for can't be stored as they are. They are kept, visible, and can be replayed."""
+
+    def __init__(self, sequences: Sequence[int]) -> None:
+        shown = ", ".join(map(str, sequences[:5])) + (", …" if len(sequences) > 5 else "")
+        super().__init__(f"{len(sequences)} change(s) went to quarantine instead of the database: {shown}")
+        self.sequences = tuple(sequences)
+
+
+class StorageError(AgentRuntimeError):
+    """What a storage raises. Each driver's errors are translated in one place of its plugin."""
+
+
+class StorageUnavailable(StorageError):
+    """The database is away, busy or shutting down. Trying again may help, and the scheduler does."""
+
+
+class StorageFatal(StorageError):
+    """Trying again can't help until a person has acted: corrupt, too new, wrong credentials."""
+
+
+class ChangeRejected(StorageError):
+    """The database understood the batch and refused data in it, and always will. Raised by `Storage.apply` only."""
+
+
+class SequenceMismatch(StorageError):
+    """The database stands at another sequence than the batch starts from. Raised by `Storage.apply` only.
+
+    `found` is the sequence of the last batch that the database holds.
+    """
+
+    def __init__(self, expected: int, found: int) -> None:
+        super().__init__(f"the batch follows sequence {expected}, the database stands at {found}")
+        self.expected = expected
+        self.found = found
+
+
+class JournalError(AgentRuntimeError):
+    """The journal can't do what was asked."""
+
+
+class JournalFull(JournalError):
+    """Too little free disk for the journal: appends stop, reads and flushes go on."""
+
+
+class JournalCorrupt(JournalError):
+    """The journal is damaged beyond what recovery may mend by itself."""
+
+
+class JournalMismatch(JournalError):
+    """The journal belongs to another database, or the database to another journal."""
+
+
+class LeaseHeld(AgentRuntimeError):
+    """Another runtime holds the right to write. `holder` says who."""
+
+    def __init__(self, holder: str, expires_in_s: float | None = None) -> None:
+        until = f", for {expires_in_s:.1f} s more unless renewed" if expires_in_s is not None else ""
+        super().__init__(f"the database is in use by {holder}{until}")
+        self.holder = holder
+        self.expires_in_s = expires_in_s
+
+
+class LeaseLost(AgentRuntimeError):
+    """This runtime is no longer the one that writes; it has stopped serving."""
+
+
+class ConfigError(AgentRuntimeError):
+    """Configuration that can't be used. `problems` has one line for each fault, with its place and the way out."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class PluginError(AgentRuntimeError):
+    """A plugin that could not be loaded, or a hook that raised. Names both."""
+
+    def __init__(self, plugin: str, hook: str | None, problem: str) -> None:
+        where = f"plugin {plugin!r}" + (f", hook {hook}" if hook else "")
+        super().__init__(f"{where}: {problem}")
+        self.plugin = plugin
+        self.hook = hook
+
+
+class RuntimeClosed(AgentRuntimeError):
+    """The runtime is closed, or closing."""
+
+    def __init__(self) -> None:
+        super().__init__("the runtime is closed")

@@ -1,0 +1,284 @@
+"""What each call on a session does: from the session's state, the change that has the call's effect, and its result.
+
+Pure but for the identifiers and times that messages are given. Each function returns a `Plan`; a plan without a change
+leaves everything as it is. Nothing here waits, checks input, or changes a resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from .changes import Birth, Change, Details
+from .door import Plan
+from .errors import InvalidInput, SessionExists, SessionNotFound
+from .identifiers import Identifiers
+from .records import AgentContext, Document, Message, NewMessage, Session
+from .residents import Resident
+from .rows import ContextRow, DocumentRow, SwitchRow
+
+__all__ = [
+    "MESSAGE_BYTES_MAX",
+    "TITLE_CHARS_MAX",
+    "NewSession",
+    "NotInTail",
+    "Planner",
+    "Stale",
+    "only",
+]
+
+TITLE_CHARS_MAX: Final = 500
+MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class NotInTail(Exception):  # noqa: N818 — a signal between a plan and its caller, never seen outside
+    """The plan needs the newest message, which is not in memory."""
+
+
+class Stale(Exception):  # noqa: N818 — likewise
+    """What was read for the plan may have changed since."""
+
+
+class NewSession(msgspec.Struct, frozen=True, kw_only=True):
+    """What a session is created with. `metadata` is JSON text."""
+
+    session_id: str
+    agent: str
+    user_id: str | None = None
+    title: str | None = None
+    description: str | None = None
+    metadata: str = "{}"
+    messages: Sequence[NewMessage] = ()
+    created_at: datetime | None = None
+
+
+class Planner:
+    """Plans changes; `sequence` gives the sequence that the next change will have."""
+
+    def __init__(
+        self, *, sequence: Callable[[], int], identifiers: Identifiers, now: Callable[[], datetime]
+    ) -> None:
+        self._sequence = sequence
+        self._identifiers = identifiers
+        self._now = now
+
+    def _change(self, resident: Resident, **parts: Any) -> Change:
+        fields: dict[str, Any] = {
+            "last_activity": self._now(),
+            "message_count": resident.message_count,
+            "next_seq": resident.next_seq,
+        }
+        return Change(
+            sequence=self._sequence(),
+            previous=resident.sequence,
+            session_id=resident.session_id,
+            incarnation=resident.incarnation,
+            **(fields | parts),
+        )
+
+    def _messages(self, new: Sequence[NewMessage], next_seq: int, now: datetime) -> tuple[list[Message], tuple[Raw, ...]]:
+        identifiers = self._identifiers
+        messages = [
+            Message(
+                seq=seq,
+                id=each.id or identifiers.new(),
+                role=each.role,
+                content=each.content,
+                name=each.name,
+                tool_calls=each.tool_calls,
+                tool_call_id=each.tool_call_id,
+                token_count=each.token_count,
+                metadata=each.metadata,
+                extra=each.extra,
+                created_at=each.created_at or now,
+            )
+            for seq, each in enumerate(new, next_seq)
+        ]
+        encoded = [_encode(message) for message in messages]
+        for index, data in enumerate(encoded):
+            if len(data) > MESSAGE_BYTES_MAX:
+                where = "message" if len(encoded) == 1 else f"messages[{index}]"
+                raise InvalidInput(where, f"takes {len(data)} bytes as JSON, the most is {MESSAGE_BYTES_MAX}")
+        return messages, tuple(map(Raw, encoded))
+
+    def append(self, resident: Resident, new: Sequence[NewMessage]) -> Plan[list[Message]]:
+        """Messages at the end; the first text of a user names a session that has no title."""
+        now = self._now()
+        messages, encoded = self._messages(new, resident.next_seq, now)
+        details = None
+        if resident.title is None:
+            title = _title(new)
+            if title is not None:
+                details = resident.details(title=title)
+        count = len(messages)
+        change = Change(
+            sequence=self._sequence(),
+            previous=resident.sequence,
+            session_id=resident.session_id,
+            incarnation=resident.incarnation,
+            last_activity=now,
+            message_count=resident.message_count + count,
+            next_seq=resident.next_seq + count,
+            details=details,
+            messages=encoded,
+        )
+        return Plan(change, messages)
+
+    def create(self, new: NewSession, current: Resident | None, *, exist_ok: bool) -> Plan[tuple[str, str]]:
+        """A session that is not there yet; the result is its id and incarnation, or those of the one that is there."""
+        if current is not None and not current.deleted:
+            if exist_ok:
+                return Plan(None, (current.session_id, current.incarnation))
+            raise SessionExists(current.session_id)
+        now = self._now()
+        created_at = new.created_at or now
+        incarnation = self._identifiers.new()
+        _, encoded = self._messages(new.messages, 1, now)
+        change = Change(
+            sequence=self._sequence(),
+            previous=0,
+            session_id=new.session_id,
+            incarnation=incarnation,
+            last_activity=now,
+            message_count=len(encoded),
+            next_seq=len(encoded) + 1,
+            birth=Birth(created_at, new.user_id),
+            details=Details(new.title if new.title is not None else _title(new.messages), new.description, new.metadata),
+            context=ContextRow(
+                incarnation=incarnation,
+                current_agent=new.agent,
+                switch_count=0,
+                last_switch_at=None,
+                metadata="{}",
+                created_at=created_at,
+                updated_at=created_at,
+            ),
+            messages=encoded,
+        )
+        return Plan(change, (new.session_id, incarnation))
+
+    def pop(self, resident: Resident) -> Plan[Message | None]:
+        """The newest message away."""
+        if not resident.message_count:
+            return Plan(None, None)
+        if not resident.tail:
+            raise NotInTail
+        message = msgspec.json.decode(resident.tail[-1], type=Message)
+        change = self._change(resident, removed=(message.seq,), message_count=resident.message_count - 1)
+        return Plan(change, message)
+
+    def clear(self, resident: Resident) -> Plan[None]:
+        """All messages away."""
+        if not resident.message_count:
+            return Plan(None, None)
+        return Plan(self._change(resident, floor=resident.next_seq - 1, message_count=0), None)
+
+    def update(
+        self,
+        resident: Resident,
+        *,
+        title: str | None | UnsetType,
+        description: str | None | UnsetType,
+        metadata: str | UnsetType,
+    ) -> Plan[Session]:
+        """Details replaced, but for those that are not given."""
+        given = {"title": title, "description": description, "metadata": metadata}
+        details = resident.details(**{name: value for name, value in given.items() if value is not UNSET})
+        change = self._change(resident, details=details)
+        record = msgspec.structs.replace(
+            resident.record(),
+            title=details.title,
+            description=details.description,
+            metadata=msgspec.json.decode(details.metadata),
+            last_activity=change.last_activity,
+        )
+        return Plan(change, record)
+
+    def delete(self, resident: Resident) -> Plan[None]:
+        """The session away, with all it has."""
+        return Plan(self._change(resident, deleted=True), None)
+
+    def switch_agent(
+        self, resident: Resident, agent: str, reason: str | None, metadata: str | None
+    ) -> Plan[AgentContext]:
+        """The session handed to `agent`; nothing if it has it."""
+        context = resident.context
+        if context.current_agent == agent:
+            return Plan(None, resident.agent_context())
+        now = self._now()
+        row = msgspec.structs.replace(
+            context, current_agent=agent, switch_count=context.switch_count + 1, last_switch_at=now, updated_at=now
+        )
+        switch = SwitchRow(
+            incarnation=resident.incarnation,
+            number=row.switch_count,
+            from_agent=context.current_agent,
+            to_agent=agent,
+            reason=reason,
+            switched_at=now,
+            metadata=metadata,
+        )
+        change = self._change(resident, context=row, switches=(switch,), last_activity=now)
+        return Plan(change, _context(resident, row))
+
+    def update_context(self, resident: Resident, metadata: str) -> Plan[AgentContext]:
+        """The metadata of the context replaced."""
+        now = self._now()
+        row = msgspec.structs.replace(resident.context, metadata=metadata, updated_at=now)
+        return Plan(self._change(resident, context=row, last_activity=now), _context(resident, row))
+
+    def put_document(self, resident: Resident, document: Document, text: str | None) -> Plan[Document]:
+        """A document written or replaced; `text` is its value as JSON, None for bytes."""
+        now = self._now()
+        row = DocumentRow(
+            incarnation=resident.incarnation,
+            collection=document.collection,
+            key=document.key,
+            value=text,
+            data=document.value if text is None else None,
+            media_type=document.media_type,
+            updated_at=now,
+        )
+        change = self._change(resident, documents=(row,), last_activity=now)
+        return Plan(change, msgspec.structs.replace(document, updated_at=now))
+
+    def delete_document(self, resident: Resident, collection: str, key: str) -> Plan[bool]:
+        """A document away that is there."""
+        return Plan(self._change(resident, discarded=((collection, key),)), True)
+
+
+def _context(resident: Resident, row: ContextRow) -> AgentContext:
+    return AgentContext(
+        session_id=resident.session_id,
+        current_agent=row.current_agent,
+        switch_count=row.switch_count,
+        last_switch_at=row.last_switch_at,
+        metadata=msgspec.json.decode(row.metadata),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def _title(messages: Sequence[NewMessage]) -> str | None:
+    """The text of the first message of a user, cut."""
+    for message in messages:
+        if message.role == "user":
+            content = message.content
+            if isinstance(content, list):
+                texts = (part.get("text") for part in content if isinstance(part, dict))
+                content = " ".join(text for text in texts if isinstance(text, str))
+            return content[:TITLE_CHARS_MAX] if content and content.strip() else None
+    return None
+
+
+def only(current: Resident | None, session_id: str, incarnation: str) -> Resident:
+    """The session that a handle means."""
+    if current is None or current.incarnation != incarnation or current.deleted:
+        raise SessionNotFound(session_id)
+    return current

@@ -1,0 +1,150 @@
+"""What a session consists of, as callers see it: frozen structs.
+
+Times are aware and in UTC. JSON values (metadata, content parts, tool calls, a document's value) are the plain Python
+objects that `json` would give: what went in comes out, key order and number forms included.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+__all__ = [
+    "ROLES",
+    "AgentContext",
+    "AgentSwitch",
+    "Document",
+    "Durability",
+    "Message",
+    "NewMessage",
+    "Order",
+    "Page",
+    "Role",
+    "Session",
+    "Watermarks",
+]
+
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+Order: TypeAlias = Literal["asc", "desc"]
+Durability: TypeAlias = Literal["buffered", "journaled", "synced", "stored"]
+Item = TypeVar("Item")
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation.
+
+    `incarnation` tells a session from an earlier one that was deleted under the same id. `message_count` counts the
+    messages that are there now. `last_activity` is the time of the last change of any kind.
+    """
+
+    session_id: str
+    user_id: str | None
+    title: str | None
+    description: str | None
+    metadata: dict[str, Any]
+    created_at: datetime
+    last_activity: datetime
+    message_count: int
+    incarnation: str
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One message. `seq` counts from 1 in each session and is never used again, whatever is removed.
+
+    `extra` holds the keys of a chat message that are not ours (refusal, annotations, …), to be given back.
+    """
+
+    seq: int
+    id: str
+    role: Role
+    content: str | list[Any] | None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    token_count: int | None = None
+    metadata: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = None
+    created_at: datetime
+
+    def to_chat(self) -> dict[str, Any]:
+        """The message in chat format: role, content, and what is set of name, tool_calls, tool_call_id and `extra`."""
+        chat: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.name is not None:
+            chat["name"] = self.name
+        if self.tool_calls is not None:
+            chat["tool_calls"] = self.tool_calls
+        if self.tool_call_id is not None:
+            chat["tool_call_id"] = self.tool_call_id
+        if self.extra:
+            chat.update(self.extra)
+        return chat
+
+
+class NewMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A message to append. `id` (default: a new UUIDv7) and `created_at` (default: now) may be given."""
+
+    role: Role
+    content: str | list[Any] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    token_count: int | None = None
+    metadata: dict[str, Any] | None = None
+    extra: dict[str, Any] | None = None
+    id: str | None = None
+    created_at: datetime | None = None
+
+
+class AgentContext(msgspec.Struct, frozen=True, kw_only=True):
+    """Which agent holds the session. `updated_at` moves with every switch and every update of the metadata."""
+
+    session_id: str
+    current_agent: str
+    switch_count: int
+    last_switch_at: datetime | None
+    metadata: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+class AgentSwitch(msgspec.Struct, frozen=True, kw_only=True):
+    """One hand-over from one agent to another."""
+
+    from_agent: str
+    to_agent: str
+    reason: str | None
+    switched_at: datetime
+    metadata: dict[str, Any] | None = None
+
+
+class Document(msgspec.Struct, frozen=True, kw_only=True):
+    """A keyed value of a session: JSON (`media_type` is None), or bytes with their media type."""
+
+    collection: str
+    key: str
+    value: Any
+    media_type: str | None
+    updated_at: datetime
+
+
+class Page(msgspec.Struct, Generic[Item], frozen=True):
+    """A part of a list. `next` is what to hand in as `after` or `cursor` for the following part; None at the end."""
+
+    items: list[Item]
+    next: Any = None
+
+
+class Watermarks(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the log of changes has come: `accepted` is the sequence of the last change that was acknowledged.
+
+    Each of the others is a sequence up to which every change is at that level; they only grow. `journaled` and `synced`
+    are None while there is no journal.
+    """
+
+    accepted: int
+    journaled: int | None
+    synced: int | None
+    stored: int

@@ -1,0 +1,474 @@
+"""What is in memory of the sessions: for each resident its head, its tail of messages, and its unstored changes.
+
+Guarantees:
+- A resident with unstored changes, one that is being read, and one that is held by quarantine is never evicted; of the
+  others the least recently used go first once they all exceed `bytes_max`.
+- A change is kept until no read can meet a view of the database without it: until it is stored, and every read that was
+  under way before that has ended.
+- The tail holds every message above `tail_from` that is there, at least all that are unstored.
+- That an id has no session is remembered like a session, and evicted like one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+
+from .changes import Change, Details
+from .records import AgentContext, Session
+from .rows import ContextRow, OutcomeRow
+from .storage import HeadRows, SessionKey
+
+__all__ = ["OUTCOMES_MAX", "UNKNOWN", "Resident", "Residents", "Unknown", "View"]
+
+OUTCOMES_MAX: Final = 128
+"""How many outcomes of idempotent calls stay in memory with a head."""
+
+_HEAD_BYTES: Final = 2400
+_ABSENT_BYTES: Final = 400
+_MESSAGE_BYTES: Final = 190  # what Python adds to the JSON of a message in the tail (measured, see tests/benchmarks)
+_OUTCOME_BYTES: Final = 500
+
+
+class Unknown:
+    """The answer for an id of which memory knows nothing."""
+
+
+UNKNOWN: Final = Unknown()
+
+
+class Resident:
+    """A session in memory, as of its last acknowledged change."""
+
+    __slots__ = (
+        "bytes",
+        "context",
+        "created_at",
+        "deleted",
+        "description",
+        "documents_at",
+        "floor",
+        "held",
+        "idle",
+        "incarnation",
+        "last_activity",
+        "message_count",
+        "metadata",
+        "next_seq",
+        "outcomes",
+        "outcomes_complete",
+        "pending",
+        "pins",
+        "sequence",
+        "session_id",
+        "tail",
+        "tail_from",
+        "tail_seqs",
+        "title",
+        "unborn",
+        "user_id",
+    )
+
+    def __init__(self, session_id: str, incarnation: str) -> None:
+        self.session_id = session_id
+        self.incarnation = incarnation
+        self.user_id: str | None = None
+        self.title: str | None = None
+        self.description: str | None = None
+        self.metadata = "{}"
+        self.created_at: datetime
+        self.last_activity: datetime
+        self.message_count = 0
+        self.next_seq = 1
+        self.floor = 0
+        self.sequence = 0
+        self.context: ContextRow
+        self.tail: list[Raw] = []
+        self.tail_seqs: list[int] = []
+        self.tail_from = 0
+        self.pending: deque[Change] = deque()
+        self.held: list[Change] = []
+        self.outcomes: dict[str, OutcomeRow] = {}
+        self.outcomes_complete = True
+        self.deleted = False
+        self.documents_at = 0  # the sequence of the last change that touched documents, as far as memory knows
+        self.unborn: int | None = None  # the sequence of the creation, while a view may lack it
+        self.pins = 0
+        self.idle = False
+        self.bytes = _HEAD_BYTES
+
+    @classmethod
+    def from_rows(cls, rows: HeadRows) -> Resident:
+        """A resident as the database has it, without messages."""
+        session = rows.session
+        resident = cls(session.session_id, session.incarnation)
+        resident.user_id = session.user_id
+        resident.title = session.title
+        resident.description = session.description
+        resident.metadata = session.metadata
+        resident.created_at = session.created_at
+        resident.last_activity = session.last_activity
+        resident.message_count = session.message_count
+        resident.next_seq = session.next_seq
+        resident.floor = session.floor
+        resident.sequence = resident.documents_at = session.sequence
+        resident.context = rows.context
+        resident.tail_from = session.next_seq - 1
+        resident.outcomes = {row.key: row for row in reversed(rows.outcomes)}
+        resident.outcomes_complete = len(rows.outcomes) < OUTCOMES_MAX
+        resident.bytes += len(session.metadata) + len(rows.context.metadata) + len(rows.outcomes) * _OUTCOME_BYTES
+        return resident
+
+    @property
+    def key(self) -> SessionKey:
+        return SessionKey(self.created_at, self.incarnation)
+
+    @property
+    def changes(self) -> Iterator[Change]:
+        """The changes that a view of the database may lack, in order."""
+        yield from self.held
+        yield from self.pending
+
+    def record(self) -> Session:
+        return Session(
+            session_id=self.session_id,
+            user_id=self.user_id,
+            title=self.title,
+            description=self.description,
+            metadata=msgspec.json.decode(self.metadata),
+            created_at=self.created_at,
+            last_activity=self.last_activity,
+            message_count=self.message_count,
+            incarnation=self.incarnation,
+        )
+
+    def agent_context(self) -> AgentContext:
+        context = self.context
+        return AgentContext(
+            session_id=self.session_id,
+            current_agent=context.current_agent,
+            switch_count=context.switch_count,
+            last_switch_at=context.last_switch_at,
+            metadata=msgspec.json.decode(context.metadata),
+            created_at=context.created_at,
+            updated_at=context.updated_at,
+        )
+
+    def details(self, **changed: Any) -> Details:
+        """The details as they are, but for what is given."""
+        return msgspec.structs.replace(Details(self.title, self.description, self.metadata), **changed)
+
+    def apply(self, change: Change) -> None:
+        """Take over the effect of a change."""
+        self.sequence = change.sequence
+        self.last_activity = change.last_activity
+        self.message_count = change.message_count
+        self.next_seq = change.next_seq
+        if change.birth is not None:
+            self.user_id = change.birth.user_id
+            self.created_at = change.birth.created_at
+        if change.details is not None:
+            self.bytes += len(change.details.metadata) - len(self.metadata)
+            self.title = change.details.title
+            self.description = change.details.description
+            self.metadata = change.details.metadata
+        if change.context is not None:
+            self.bytes += len(change.context.metadata)
+            if change.birth is None:
+                self.bytes -= len(self.context.metadata)
+            self.context = change.context
+        if change.floor is not None:
+            self.floor = change.floor
+            self._drop_tail(bisect_right(self.tail_seqs, change.floor))
+        for seq in change.removed:
+            index = bisect_left(self.tail_seqs, seq)
+            if index < len(self.tail_seqs) and self.tail_seqs[index] == seq:
+                self.bytes -= len(memoryview(self.tail[index])) + _MESSAGE_BYTES
+                del self.tail[index], self.tail_seqs[index]
+        if change.messages:
+            self._extend_tail(change)
+        if change.documents or change.discarded:
+            self.documents_at = change.sequence
+        if change.outcome is not None:
+            self.bytes += _OUTCOME_BYTES
+            self.outcomes[change.outcome.key] = change.outcome
+        self.deleted = change.deleted
+
+    def _extend_tail(self, change: Change) -> None:
+        messages = change.messages
+        self.tail.extend(messages)
+        if len(messages) == 1:
+            self.tail_seqs.append(change.next_seq - 1)
+        else:
+            self.tail_seqs.extend(map(_seq, messages))
+        self.bytes += sum([len(memoryview(raw)) for raw in messages]) + _MESSAGE_BYTES * len(messages)
+
+    def _drop_tail(self, count: int) -> None:
+        """Let go of the `count` oldest messages of the tail."""
+        if count:
+            self.bytes -= sum([len(memoryview(raw)) for raw in self.tail[:count]]) + _MESSAGE_BYTES * count
+            self.tail_from = self.tail_seqs[count - 1]
+            del self.tail[:count], self.tail_seqs[:count]
+
+    def warm(self, encoded: list[Raw], seqs: list[int], *, tail_from: int) -> None:
+        """Put older messages, all that there are between the new and the old `tail_from`, before the tail."""
+        self.tail[:0] = encoded
+        self.tail_seqs[:0] = seqs
+        self.bytes += sum([len(memoryview(raw)) for raw in encoded]) + _MESSAGE_BYTES * len(seqs)
+        self.tail_from = tail_from
+
+    def settle(self, sequence: int, tail_messages: int) -> None:
+        """Every view of the database that is in use, or will be, has the changes up to `sequence`."""
+        pending = self.pending
+        while pending and pending[0].sequence <= sequence:
+            pending.popleft()
+        excess = len(self.tail) - tail_messages
+        if excess > 0:
+            unsettled = next((_seq(change.messages[0]) for change in self.changes if change.messages), self.next_seq)
+            self._drop_tail(min(excess, bisect_left(self.tail_seqs, unsettled)))
+        if len(self.outcomes) > OUTCOMES_MAX:
+            unstored = {change.outcome.key for change in self.changes if change.outcome is not None}
+            for key in [key for key in self.outcomes if key not in unstored][: len(self.outcomes) - OUTCOMES_MAX]:
+                del self.outcomes[key]
+                self.bytes -= _OUTCOME_BYTES
+                self.outcomes_complete = False
+
+
+class _Seq(msgspec.Struct):
+    seq: int
+
+
+_decode_seq: Final = msgspec.json.Decoder(_Seq).decode
+
+
+def _seq(raw: Raw) -> int:
+    return _decode_seq(raw).seq
+
+
+class View:
+    """A read under way: from `start` on it needs the changes, and its resident must stay."""
+
+    __slots__ = ("ended", "resident", "start")
+
+    def __init__(self, resident: Resident | None, start: int) -> None:
+        self.resident = resident
+        self.start = start
+        self.ended = False
+
+
+class Residents:
+    """All residents, by session id."""
+
+    def __init__(self, *, bytes_max: int, tail_messages: int) -> None:
+        self.bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
+        self.settled = 0
+        self.born: list[SessionKey] = []
+        self.dirty: dict[str, Resident] = {}
+        self.bytes_max = bytes_max
+        self._tail_messages = tail_messages
+        self._entries: dict[str, Resident | None] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()
+        self._views: deque[View] = deque()
+        self._settling: deque[tuple[int, Iterable[Resident]]] = deque()
+
+    @property
+    def count(self) -> int:
+        """How many sessions are in memory, those known to be absent included."""
+        return len(self._entries)
+
+    @property
+    def held(self) -> list[Resident]:
+        """The sessions with changes in quarantine."""
+        return [resident for resident in self.dirty.values() if resident.held]
+
+    def find(self, session_id: str) -> Resident | None | Unknown:
+        """The resident; None when it is known that there is no such session; UNKNOWN when it must be loaded."""
+        entry: Resident | None | Unknown = self._entries.get(session_id, UNKNOWN)
+        if isinstance(entry, Unknown):
+            self.misses += 1
+            return entry
+        self.hits += 1
+        if entry is None:
+            self._idle.move_to_end(session_id)
+            return None
+        if entry.idle:
+            self._idle.move_to_end(session_id)
+        return None if entry.deleted and not entry.held else entry
+
+    def admit(self, session_id: str, rows: HeadRows | None) -> None:
+        """What was loaded of a session that was unknown."""
+        if session_id in self._entries:
+            raise ValueError(f"session {session_id!r} is in memory already")
+        resident = None if rows is None else Resident.from_rows(rows)
+        self._entries[session_id] = resident
+        self._idle[session_id] = None
+        if resident is not None:
+            resident.idle = True
+        self.bytes += _ABSENT_BYTES if resident is None else resident.bytes
+        self._evict(keep=session_id)
+
+    def add(self, change: Change, resident: Resident) -> None:
+        """A change was acknowledged: it shows from now on, and stays until it has settled."""
+        session_id = change.session_id
+        if change.birth is not None:
+            if self._entries.get(session_id, UNKNOWN) is None:
+                self.bytes -= _ABSENT_BYTES
+            self._idle.pop(session_id, None)
+            self._entries[session_id] = resident
+            self.bytes += resident.bytes
+        elif resident.idle:
+            resident.idle = False
+            del self._idle[session_id]
+        before = resident.bytes
+        resident.apply(change)
+        if not resident.pending:
+            self.dirty[resident.incarnation] = resident
+        resident.pending.append(change)
+        if change.birth is not None:
+            self._bear(resident, change)
+        self.bytes += resident.bytes - before
+        if self.bytes > self.bytes_max:
+            self._evict()
+
+    def hold(self, resident: Resident, change: Change) -> None:
+        """A change of this session went to quarantine: it shows for as long as it is there."""
+        resident.held.append(change)
+
+    def restore(self, changes: Iterable[Change], rows: HeadRows | None) -> Resident:
+        """At open: a session with quarantined changes, laid over what the database has of it."""
+        held = list(changes)
+        first = held[0]
+        resident = Resident(first.session_id, first.incarnation) if rows is None else Resident.from_rows(rows)
+        for change in held:
+            resident.apply(change)
+        resident.held = held
+        self._entries[resident.session_id] = resident
+        self.dirty[resident.incarnation] = resident
+        self.bytes += resident.bytes
+        if first.birth is not None:
+            self._bear(resident, first)
+        return resident
+
+    def resubmit(self, resident: Resident, changes: Iterable[Change]) -> None:
+        """The held changes of a session are in the log again, as `changes`; they show already."""
+        resident.held = []
+        for change in changes:
+            resident.sequence = change.sequence
+            resident.pending.append(change)
+            if change.birth is not None:
+                resident.unborn = change.sequence
+
+    def remake(self, resident: Resident, rows: HeadRows | None) -> Resident | None:
+        """Take a held session out of memory, and put it back as the database has it, if it does."""
+        self.dirty.pop(resident.incarnation)
+        if resident.unborn is not None:
+            self._unbear(resident)
+        if self._entries.get(resident.session_id) is resident:
+            del self._entries[resident.session_id]
+        self.bytes -= resident.bytes
+        resident.held, resident.bytes, resident.deleted = [], 0, True
+        self.admit(resident.session_id, rows)
+        remade = self._entries[resident.session_id]
+        return remade
+
+    def open_view(self, resident: Resident | None, stored: int) -> View:
+        """A read begins. To be closed whatever happens."""
+        view = View(resident, stored)
+        self._views.append(view)
+        if resident is not None:
+            resident.pins += 1
+            if resident.idle:
+                resident.idle = False
+                del self._idle[resident.session_id]
+        return view
+
+    def close_view(self, view: View) -> None:
+        """A read has ended."""
+        view.ended = True
+        while self._views and self._views[0].ended:
+            self._views.popleft()
+        resident = view.resident
+        if resident is not None:
+            resident.pins -= 1
+            self._rest(resident)
+        self._settle()
+
+    def stored(self, sequence: int, residents: Iterable[Resident]) -> None:
+        """The changes up to `sequence` are in the database; `residents` are those they belong to."""
+        self._settling.append((sequence, residents))
+        self._settle()
+
+    def resize(self, resident: Resident, before: int) -> None:
+        """The resident's size has changed since it was `before` bytes."""
+        self.bytes += resident.bytes - before
+
+    def _settle(self) -> None:
+        while self._settling:
+            sequence, residents = self._settling[0]
+            if self._views and self._views[0].start < sequence:
+                return
+            self._settling.popleft()
+            self.settled = sequence
+            for resident in residents:
+                before = resident.bytes
+                resident.settle(sequence, self._tail_messages)
+                if resident.unborn is not None and resident.unborn <= sequence and not resident.held:
+                    self._unbear(resident)
+                self.bytes += resident.bytes - before
+                if not resident.pending and not resident.held:
+                    self.dirty.pop(resident.incarnation, None)
+                self._rest(resident)
+        self._evict()
+
+    def _rest(self, resident: Resident) -> None:
+        """Make the resident evictable if nothing needs it."""
+        if resident.pending or resident.pins or resident.held or resident.idle:
+            return
+        current = self._entries.get(resident.session_id)
+        if current is not resident:
+            if resident.bytes:  # re-created under its id: this incarnation was kept for its unstored deletion only
+                self.bytes -= resident.bytes
+                resident.bytes = 0
+            return
+        if resident.deleted:
+            self._entries[resident.session_id] = None
+            self.bytes += _ABSENT_BYTES - resident.bytes
+            resident.bytes = 0
+        else:
+            resident.idle = True
+        self._idle[resident.session_id] = None
+
+    def _bear(self, resident: Resident, change: Change) -> None:
+        resident.unborn = change.sequence
+        insort(self.born, resident.key, key=_order)
+
+    def _unbear(self, resident: Resident) -> None:
+        resident.unborn = None
+        index = bisect_left(self.born, _order(resident.key), key=_order)
+        if index < len(self.born) and self.born[index] == resident.key:
+            del self.born[index]
+
+    def _evict(self, keep: str | None = None) -> None:
+        while self.bytes > self.bytes_max and self._idle:
+            session_id = next(iter(self._idle))
+            if session_id == keep:
+                return
+            del self._idle[session_id]
+            resident = self._entries.pop(session_id)
+            self.bytes -= _ABSENT_BYTES if resident is None else resident.bytes
+            self.evictions += 1
+
+
+def _order(key: SessionKey) -> tuple[datetime, str]:
+    return key.created_at, key.incarnation
+
+

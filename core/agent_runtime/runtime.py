@@ -1,0 +1,395 @@
+"""The runtime: puts storage, lease, log, scheduler and residents together, and takes them apart again.
+
+`open_runtime` opens the storage (which migrates), takes the lease, brings held sessions into memory, starts the tasks,
+and enters the plugins' lifespans. Nothing else is loaded: sessions come on first touch. At its end the lifespans are
+left, what is unstored is drained within `drain_timeout_s`, the lease is given back, and the storage closed. Every task
+lives in one task group; none outlives the runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import datetime
+from typing import Any, Final
+
+import anyio
+import msgspec
+
+from .budget import Budget
+from .config import Config
+from .door import CREATION_SCOPE, Door
+from .errors import DurabilityNotReached, LeaseLost, SessionNotFound, StorageUnavailable
+from .identifiers import Identifiers, utc_now
+from .lease import LeaseKeeper, claim_of
+from .log import Log
+from .plans import TITLE_CHARS_MAX, NewSession, Planner
+from .plugins import PluginManager
+from .quarantine import Quarantine
+from .reads import Reads
+from .records import Durability, NewMessage, Order, Page, Session, Watermarks
+from .residents import Resident, Residents
+from .scheduler import Scheduler, SchedulerOptions
+from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
+from .status import Status, status_of
+from .storage import Grant, Storage, StorageConfig
+from .validation import check_id, check_limit, check_message, check_name, check_text, json_object
+
+__all__ = ["Runtime", "open_runtime"]
+
+logger = logging.getLogger("agent_runtime")
+
+_DEFAULT_AGENT: Final = "orchestrator"
+
+
+class Runtime:
+    """The sessions of one database. Made by `open_runtime`; used from the event loop that opened it."""
+
+    def __init__(
+        self, config: Config, storage: Storage, grant: Grant, plugins: PluginManager, *, now: Callable[[], datetime] = utc_now
+    ) -> None:
+        generator = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 — names and jitter, no secrets
+        write_behind = config.write_behind
+        self.config = config
+        self.plugins = plugins
+        self._storage = storage
+        self._log = Log(grant.sequence)
+        self._budget = Budget(
+            write_behind.pending_bytes_max,
+            timeout_s=write_behind.append_timeout_s,
+            retry_after_s=max(1.0, min(write_behind.interval_s, 30.0)),
+        )
+        self._residents = Residents(
+            bytes_max=config.residents.bytes_max, tail_messages=config.residents.tail_messages
+        )
+        self._scheduler = Scheduler(
+            storage,
+            grant.fence,
+            log=self._log,
+            budget=self._budget,
+            residents=self._residents,
+            observers=plugins,
+            options=SchedulerOptions(
+                interval_s=write_behind.interval_s,
+                batch_changes=write_behind.batch_changes,
+                quarantine_max=write_behind.quarantine_max,
+                quarantine_window_s=write_behind.quarantine_window_s,
+            ),
+            now=now,
+            random=generator.random,
+        )
+        identifiers = Identifiers(lambda: time.time_ns() // 1_000_000, generator.getrandbits)
+        self._identifiers = identifiers
+        self._door = Door(
+            storage=storage,
+            log=self._log,
+            budget=self._budget,
+            residents=self._residents,
+            scheduler=self._scheduler,
+            now=now,
+            durability=write_behind.durability,
+            durability_timeout_s=write_behind.durability_timeout_s,
+        )
+        self._planner = Planner(sequence=lambda: self._log.accepted + 1, identifiers=identifiers, now=now)
+        self._reads = Reads(self._door, tail_messages=config.residents.tail_messages)
+        self._quarantine = Quarantine(
+            door=self._door, log=self._log, residents=self._residents, scheduler=self._scheduler
+        )
+        self._lease = LeaseKeeper(storage.leases, grant, duration_s=config.lease.duration_s)
+        self._lease_scope = anyio.CancelScope(shield=True)
+        self._fenced: LeaseLost | None = None
+
+    # Sessions
+
+    async def create_session(
+        self,
+        session_id: str | None = None,
+        *,
+        user_id: str | None = None,
+        system_prompt: str | None = None,
+        title: str | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        agent: str = _DEFAULT_AGENT,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> SessionHandle:
+        """Create a session (without an id: under a new one). The system prompt becomes its first message.
+
+        Raises:
+            SessionExists: the id is taken.
+        """
+        fields = self._check_new(user_id, system_prompt, title, description, metadata, agent)
+        return await self._create(session_id, fields, False, durability, idempotency_key)
+
+    async def get_or_create_session(
+        self,
+        session_id: str,
+        *,
+        user_id: str | None = None,
+        system_prompt: str | None = None,
+        title: str | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        agent: str = _DEFAULT_AGENT,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> SessionHandle:
+        """The session with this id; created from the other arguments if there is none. One caller creates it."""
+        fields = self._check_new(user_id, system_prompt, title, description, metadata, agent)
+        return await self._create(session_id, fields, True, durability, idempotency_key)
+
+    @staticmethod
+    def _check_new(
+        user_id: str | None,
+        system_prompt: str | None,
+        title: str | None,
+        description: str | None,
+        metadata: Mapping[str, Any] | None,
+        agent: str,
+    ) -> dict[str, Any]:
+        if user_id is not None:
+            check_id("user_id", user_id)
+        if title is not None:
+            check_text("title", title, TITLE_CHARS_MAX)
+        if description is not None:
+            check_text("description", description, DESCRIPTION_CHARS_MAX)
+        check_name("agent", agent)
+        messages: tuple[NewMessage, ...] = ()
+        if system_prompt is not None:
+            messages = (NewMessage(role="system", content=system_prompt),)
+            check_message("system_prompt", messages[0])
+        return {
+            "user_id": user_id,
+            "title": title,
+            "description": description,
+            "metadata": msgspec.json.encode(json_object("metadata", metadata)).decode(),
+            "agent": agent,
+            "messages": messages,
+        }
+
+    async def _create(
+        self,
+        session_id: str | None,
+        fields: dict[str, Any],
+        exist_ok: bool,
+        durability: Durability | None,
+        idempotency_key: str | None,
+    ) -> SessionHandle:
+        fresh = session_id is None
+        new = NewSession(session_id=check_id("session_id", session_id or self._identifiers.new()), **fields)
+        route = "get_or_create_session" if exist_ok else "create_session"
+        arguments = [session_id, {name: value for name, value in fields.items() if name != "messages"}, list(new.messages)]
+        request = request_for(idempotency_key, route, arguments, msgspec.json.Decoder(tuple[str, str]).decode)
+        try:
+            found = await self._door.write(
+                new.session_id,
+                CREATION_SCOPE,
+                lambda current: self._planner.create(new, current, exist_ok=exist_ok),
+                durability=durability,
+                request=request,
+                fresh=fresh,
+            )
+        except DurabilityNotReached as error:
+            error.outcome = self._handle(*error.outcome)
+            raise
+        return self._handle(*found)
+
+    async def get_session(self, session_id: str) -> SessionHandle:
+        """The session with this id.
+
+        Raises:
+            SessionNotFound: there is none.
+        """
+        resident = await self._door.locate(check_id("session_id", session_id))
+        if resident is None or resident.deleted:
+            raise SessionNotFound(session_id)
+        return self._handle(session_id, resident.incarnation)
+
+    async def list_sessions(
+        self, *, user_id: str | None = None, limit: int = 50, cursor: str | None = None, order: Order = "desc"
+    ) -> Page[Session]:
+        """A page of at most `limit` (1–1000) sessions (of one user), by default the newest first.
+
+        `next` of the page is the `cursor` of the following one; None at the end. Order is by creation, which never
+        changes: paging to the end gives every session that was there all the time exactly once.
+        """
+        if user_id is not None:
+            check_id("user_id", user_id)
+        check_limit("limit", limit, PAGE_ITEMS_MAX)
+        self._door.check_open()
+        return await self._reads.sessions(user_id=user_id, limit=limit, cursor=cursor, order=check_order(order))
+
+    async def scan_sessions(self, *, user_id: str | None = None, order: Order = "asc") -> AsyncIterator[Session]:
+        """All sessions (of one user), by default the oldest first."""
+        cursor = None
+        while True:
+            page = await self.list_sessions(user_id=user_id, limit=PAGE_ITEMS_MAX, cursor=cursor, order=order)
+            for record in page.items:
+                yield record
+            if page.next is None:
+                return
+            cursor = page.next
+
+    def _handle(self, session_id: str, incarnation: str) -> SessionHandle:
+        return SessionHandle(
+            session_id,
+            incarnation,
+            door=self._door,
+            planner=self._planner,
+            reads=self._reads,
+            hooks=self.plugins,
+        )
+
+    # The log
+
+    @property
+    def watermarks(self) -> Watermarks:
+        """How far the log has come."""
+        return self._log.watermarks
+
+    async def flush(self) -> None:
+        """Wait until every change acknowledged so far is stored.
+
+        Raises:
+            Quarantined: some of them can't be stored, and are kept in quarantine.
+            StorageUnavailable: they are not stored within `durability_timeout_s`; they stay, and go on being tried.
+        """
+        self._door.check_open()
+        timeout_s = self.config.write_behind.durability_timeout_s
+        with anyio.move_on_after(timeout_s):
+            await self._log.wait_stored(self._log.accepted, first=self._log.stored + 1)
+            return
+        error = self._scheduler.figures.last_error or "no error so far, it is slow"
+        raise StorageUnavailable(
+            f"{self._scheduler.pending_changes} change(s) are still not stored after {timeout_s:g} s: {error}"
+        )
+
+    def status(self) -> Status:
+        """Figures of this moment. Synchronous; asks no database."""
+        return status_of(
+            log=self._log,
+            budget=self._budget,
+            residents=self._residents,
+            scheduler=self._scheduler,
+            lease=self._lease,
+            storage=self._storage,
+            fenced=self._fenced,
+        )
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """The changes that the database refused."""
+        return self._quarantine
+
+    # Start and stop
+
+    @asynccontextmanager
+    async def _serve(self) -> AsyncIterator[None]:
+        """Serve until the block is left; then drain. The block's own error comes out as it is."""
+        restored = await self._quarantine.restore()
+        if restored:
+            logger.warning("%d change(s) are in quarantine; their sessions are held", restored)
+        body_error: BaseException | None = None
+        async with anyio.create_task_group() as tasks:
+            drained = anyio.Event()
+            tasks.start_soon(self._run_scheduler, drained)
+            tasks.start_soon(self._run_lease)
+            try:
+                async with AsyncExitStack() as lifespans:
+                    for lifespan in self.plugins.lifespans(self):
+                        await lifespans.enter_async_context(lifespan)
+                    yield
+            except BaseException as error:  # noqa: BLE001 — kept out of the task group's exception group, raised below
+                body_error = error
+            self._door.close()
+            left = await self._drain(drained)
+            tasks.cancel_scope.cancel()
+        if body_error is not None:
+            if left:
+                body_error.add_note(f"agent-runtime: {left}")
+            raise body_error
+        if self._fenced is not None:
+            raise self._fenced
+        if left:
+            raise StorageUnavailable(left)
+
+    async def _drain(self, drained: anyio.Event) -> str | None:
+        """Store what is left, as far as the budget goes. Returns what to say of what could not be stored."""
+        self._scheduler.stop()
+        if self._fenced is None:
+            with anyio.move_on_after(self.config.write_behind.drain_timeout_s, shield=True):
+                await drained.wait()
+        self._scheduler.abandon()
+        with anyio.CancelScope(shield=True):
+            await drained.wait()
+        self._lease_scope.cancel()
+        pending = self._scheduler.pending_changes
+        if not pending:
+            return None
+        left = (
+            f"{pending} change(s) could not be stored before the stop and, without a journal, are lost: "
+            f"{self._scheduler.figures.last_error or 'the drain took too long'}"
+        )
+        logger.error("%s", left)
+        return left
+
+    async def _run_scheduler(self, drained: anyio.Event) -> None:
+        try:
+            with anyio.CancelScope(shield=True):  # whatever is cancelled around the runtime, it drains
+                await self._scheduler.run()
+        except LeaseLost as error:
+            self._fence_off(error)
+        finally:
+            drained.set()
+
+    async def _run_lease(self) -> None:
+        try:
+            with self._lease_scope:
+                await self._lease.run()
+        except LeaseLost as error:
+            self._fence_off(error)
+
+    def _fence_off(self, error: LeaseLost) -> None:
+        """Another runtime writes now: what is in memory may be wrong, so nothing is served any more."""
+        self._fenced = error
+        self._door.close(error)
+        self._scheduler.abandon()
+
+
+@asynccontextmanager
+async def open_runtime(
+    config: Config | str, *, plugins: Iterable[object] = (), address: str | None = None
+) -> AsyncIterator[Runtime]:
+    """Open the sessions of a database: `async with open_runtime("sqlite:///data/agent_runtime.db") as runtime`.
+
+    `config` is a URL or a whole configuration. `plugins` are registered besides the installed ones. `address` is the URL
+    of the caller's server, if it has one: written into the lease, so that others find it.
+
+    Raises:
+        ConfigError, PluginError: nothing was opened.
+        LeaseHeld: another runtime has this database open.
+        StorageError: the database can't be opened.
+        StorageUnavailable: at the end, when changes could not be stored within `drain_timeout_s`.
+        LeaseLost: at the end, when another runtime took over.
+    """
+    if isinstance(config, str):
+        config = Config.of(config)
+    manager = PluginManager(disabled=config.plugins.disabled)
+    manager.load(plugins)
+    factory = manager.storage_for(config.storage.url)
+    async with factory(StorageConfig(url=config.storage.url, options=dict(config.storage.options))) as storage:
+        grant = await storage.leases.acquire(claim_of(config.lease.duration_s, address))
+        runtime = Runtime(config, storage, grant, manager)
+        try:
+            async with runtime._serve():  # noqa: SLF001 — the two halves of one thing
+                yield runtime
+        finally:
+            with anyio.move_on_after(_RELEASE_TIMEOUT_S, shield=True):
+                await runtime._lease.release()  # noqa: SLF001
+
+
+_RELEASE_TIMEOUT_S: Final = 5.0

@@ -1,0 +1,359 @@
+"""The write-behind task: takes acknowledged changes to the database, in batches, behind the callers' backs.
+
+One task. It flushes when the oldest unstored change is `interval_s` old, when `batch_changes` have gathered or half the
+byte budget is used, when somebody waits for `stored`, and to drain. All waiters of one moment share one transaction.
+
+Guarantees:
+- Changes are stored in the order of the log, each exactly once: a batch names the sequence it follows, so a batch whose
+  outcome was unknown is found stored or not stored, and never stored twice.
+- A failed batch loses nothing: the changes stay, and are tried again after a backoff with jitter, whatever the error.
+- Only a change that the storage rejects by itself goes to quarantine, with the later ones of its session behind it; all
+  other sessions go on. Many in a short time look like a broken schema: then nothing more is quarantined, and the batch
+  is tried again, slowly, until a person has acted.
+- A batch is shielded: cancelled before or after, never inside. Only a stop that runs out of time breaks it off.
+- The task itself ends on two occasions only: drained at a stop, or fenced off by another runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Final, NamedTuple, Protocol
+
+import anyio
+import msgspec
+from anyio.lowlevel import checkpoint
+
+from .budget import Budget
+from .changes import Batch, Change, Coalescer, Receipt
+from .errors import ChangeRejected, LeaseLost, RuntimeClosed, SequenceMismatch, StorageError, StorageFatal
+from .log import Log
+from .residents import Resident, Residents
+from .storage import Fence, Storage
+
+__all__ = ["FlushFigures", "Observers", "Pending", "Scheduler", "SchedulerOptions"]
+
+logger = logging.getLogger("agent_runtime.scheduler")
+
+_BACKOFF_FIRST_S: Final = 0.1
+_BACKOFF_MAX_S: Final = 10.0
+_CHANGES_PER_TURN: Final = 100  # coalescing one costs 5–10 µs: yield to the loop about every millisecond
+_PURGE_ROWS: Final = 1000
+_PURGE_INTERVAL_S: Final = 3600.0
+
+
+class Observers(Protocol):
+    """Who is told of what happens to batches; never raises."""
+
+    def batch_stored(self, receipt: Receipt) -> None: ...
+    def flush_failed(self, batch: Batch, error: Exception, attempt: int) -> None: ...
+    def change_quarantined(self, change: Change, error: Exception) -> None: ...
+
+
+class Pending(NamedTuple):
+    """An unstored change; `size` is what it takes of the budget, in bytes."""
+
+    change: Change
+    resident: Resident
+    size: int
+
+
+class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of the configuration that the scheduler needs."""
+
+    interval_s: float
+    batch_changes: int
+    quarantine_max: int
+    quarantine_window_s: float
+
+
+class FlushFigures(msgspec.Struct, kw_only=True):
+    """What the scheduler has done so far."""
+
+    batches: int = 0
+    changes: int = 0
+    failures: int = 0
+    retries: int = 0
+    quarantined: int = 0
+    last_duration_s: float = 0.0
+    last_changes: int = 0
+    last_error: str | None = None
+    failing_since_s: float | None = None
+
+
+class Scheduler:
+    """Owns the unstored changes of all sessions."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        fence: Fence,
+        *,
+        log: Log,
+        budget: Budget,
+        residents: Residents,
+        observers: Observers,
+        options: SchedulerOptions,
+        now: Callable[[], datetime],
+        random: Callable[[], float],
+    ) -> None:
+        self.figures = FlushFigures()
+        self._storage = storage
+        self._fence = fence
+        self._log = log
+        self._budget = budget
+        self._residents = residents
+        self._observers = observers
+        self._options = options
+        self._now = now
+        self._random = random
+        self._pending: deque[Pending] = deque()
+        self._oldest_at = 0.0
+        self._held: set[str] = set()
+        self._rejections: deque[float] = deque()
+        self._wake = anyio.Event()
+        self._taken_at = 0.0
+        self._stopping = False
+        self._abandoned = False
+        self._shield = anyio.CancelScope()
+        self._purge_at = anyio.current_time()  # an earlier run may have left rows to purge
+        log.on_demand = self._wake_up
+
+    @property
+    def pending_changes(self) -> int:
+        return len(self._pending)
+
+    @property
+    def oldest_age_s(self) -> float:
+        """How long the oldest unstored change has waited, in seconds."""
+        return anyio.current_time() - self._oldest_at if self._pending else 0.0
+
+    def hold(self, incarnation: str) -> None:
+        """Changes of this incarnation go to quarantine, behind the one that is there."""
+        self._held.add(incarnation)
+
+    def let_go(self, incarnation: str) -> None:
+        """The incarnation has no more changes in quarantine."""
+        self._held.discard(incarnation)
+
+    def add(self, pending: Pending) -> None:
+        """A change was acknowledged. Its size is taken from the budget already. Synchronous; never fails."""
+        waiting = self._pending
+        waiting.append(pending)
+        if len(waiting) == 1:
+            self._oldest_at = anyio.current_time()
+            self._wake.set()
+        elif len(waiting) == self._options.batch_changes or self._budget.used * 2 > self._budget.bytes_max:
+            self._wake.set()
+
+    def stop(self) -> None:
+        """From now on flush without waiting, and end when everything is stored."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """The task. Ends when drained after `stop`, or with the lease lost (then everyone who waits is told)."""
+        try:
+            while not self._ended:
+                await self._sleep_until_due()
+                if self._flush_in() <= 0:
+                    await checkpoint()  # let everyone who is about to wait at this moment share the batch
+                    self._taken_at = anyio.current_time()
+                    count = min(len(self._pending), self._options.batch_changes)
+                    await self._store([self._pending[index] for index in range(count)])
+                if self._purge_in() <= 0 and not self._stopping:
+                    await self._purge()
+        except LeaseLost as error:
+            logger.error("the lease is lost, %d change(s) are not stored: %s", len(self._pending), error)  # noqa: TRY400
+            self._log.stop(error)
+            self._budget.stop(error)
+            raise
+
+    def abandon(self) -> None:
+        """The runtime closes, drained or not: break off, and tell everyone who still waits."""
+        self._abandoned = True
+        self._shield.cancel()
+        self._wake.set()
+        self._log.stop(RuntimeClosed())
+        self._budget.stop(RuntimeClosed())
+
+    @property
+    def _ended(self) -> bool:
+        return self._abandoned or (self._stopping and not self._pending)
+
+    def _wake_up(self) -> None:
+        self._wake.set()
+
+    def _flush_in(self) -> float:
+        """Seconds until changes are to be stored."""
+        pending = len(self._pending)
+        if not pending:
+            return math.inf
+        if (
+            self._stopping
+            or self._log.awaited
+            or pending >= self._options.batch_changes
+            or self._budget.used * 2 > self._budget.bytes_max
+        ):
+            return 0.0
+        return self._oldest_at + self._options.interval_s - anyio.current_time()
+
+    def _purge_in(self) -> float:
+        return self._purge_at - anyio.current_time()
+
+    async def _sleep_until_due(self) -> None:
+        while not self._ended and (due_in := min(self._flush_in(), self._purge_in())) > 0:
+            self._wake = anyio.Event()
+            with anyio.move_on_after(due_in):
+                await self._wake.wait()
+
+    async def _store(self, changes: Sequence[Pending]) -> None:
+        """Store consecutive changes, the oldest there are; what is rejected is bisected, left to right."""
+        rejected: dict[int, str] = {}
+        attempt = 0
+        while not self._abandoned and (
+            changes := [pending for pending in changes if pending.change.sequence > self._log.stored]
+        ):
+            attempt += 1
+            batch = await self._coalesce(changes, rejected)
+            started = anyio.current_time()
+            try:
+                with anyio.CancelScope(shield=True) as self._shield:
+                    receipt = await self._storage.apply(batch, self._fence)
+                if self._shield.cancel_called:
+                    return
+            except SequenceMismatch as mismatch:
+                self._adopt(mismatch, batch)
+            except LeaseLost:
+                raise
+            except Exception as error:  # noqa: BLE001 — whatever a storage raises, the changes stay and are tried again
+                if isinstance(error, ChangeRejected) and not rejected:
+                    if len(changes) > 1:
+                        middle = len(changes) // 2
+                        await self._store(changes[:middle])
+                        await self._store(changes[middle:])
+                        return
+                    if self._may_quarantine():
+                        rejected[changes[0].change.sequence] = str(error)
+                        self._hold_rejected(changes[0], error)
+                        continue
+                await self._failed(batch, error, attempt)
+            else:
+                duration_s = anyio.current_time() - started
+                self._stored(msgspec.structs.replace(receipt, duration_s=duration_s, attempt=attempt), batch)
+
+    async def _coalesce(self, changes: Sequence[Pending], rejected: dict[int, str]) -> Batch:
+        coalescer = Coalescer(self._log.stored, self._now(), held=self._held, rejected=rejected)
+        for number, pending in enumerate(changes, 1):
+            coalescer.add(pending.change)
+            if number % _CHANGES_PER_TURN == 0:
+                await checkpoint()
+        return coalescer.batch()
+
+    def _adopt(self, mismatch: SequenceMismatch, batch: Batch) -> None:
+        """The database is not where this batch starts: an earlier try of it, reported as failed, was stored."""
+        if not self._log.stored < mismatch.found <= self._log.accepted:
+            raise LeaseLost(
+                f"the database stands at sequence {mismatch.found}, this runtime stored up to {self._log.stored} of "
+                f"{self._log.accepted}: somebody else writes to it"
+            )
+        logger.info("a batch reported as failed was stored after all, up to sequence %d", mismatch.found)
+        self._advance(mismatch.found, batch)
+
+    def _stored(self, receipt: Receipt, batch: Batch) -> None:
+        figures = self.figures
+        figures.batches += 1
+        figures.changes += receipt.changes
+        figures.last_changes = receipt.changes
+        figures.last_duration_s = receipt.duration_s
+        self._advance(batch.last, batch)
+        logger.debug(
+            "flushed %d change(s) of %d session(s) in %.0f ms",
+            receipt.changes,
+            receipt.sessions,
+            receipt.duration_s * 1000,
+        )
+        self._observers.batch_stored(receipt)
+
+    def _advance(self, sequence: int, batch: Batch) -> None:
+        """Everything up to `sequence` is in the database."""
+        if self.figures.failing_since_s is not None:
+            logger.info("the storage takes batches again")
+            self.figures.failing_since_s = None
+            self.figures.last_error = None
+        for row in batch.quarantined:
+            if row.sequence <= sequence:
+                self._log.quarantine(row.sequence)
+        for resolved in batch.discharged:
+            self._log.discharge(resolved)
+        waiting = self._pending
+        residents: dict[int, Resident] = {}
+        size = 0
+        while waiting and waiting[0].change.sequence <= sequence:
+            pending = waiting.popleft()
+            residents[id(pending.resident)] = pending.resident
+            size += pending.size
+            if pending.change.incarnation in self._held:
+                self._residents.hold(pending.resident, pending.change)
+        self._oldest_at = self._taken_at
+        self._log.advance(sequence)
+        self._residents.stored(sequence, residents.values())
+        self._budget.release(size)
+        if batch.deleted or batch.cleared or any(session.floor for session in batch.created):
+            self._purge_at = anyio.current_time()
+
+    def _may_quarantine(self) -> bool:
+        """Whether one more rejected change is a poison message, not a sign of a broken schema."""
+        now = anyio.current_time()
+        rejections = self._rejections
+        while rejections and rejections[0] < now - self._options.quarantine_window_s:
+            rejections.popleft()
+        if len(rejections) >= self._options.quarantine_max:
+            return False
+        rejections.append(now)
+        return True
+
+    def _hold_rejected(self, pending: Pending, error: Exception) -> None:
+        change = pending.change
+        self._held.add(change.incarnation)
+        self.figures.quarantined += 1
+        logger.error(
+            "change %d of session %r goes to quarantine, the session is held: %s",
+            change.sequence,
+            change.session_id,
+            error,
+        )
+        self._observers.change_quarantined(change, error)
+
+    async def _failed(self, batch: Batch, error: Exception, attempt: int) -> None:
+        figures = self.figures
+        figures.failures += 1
+        figures.last_error = f"{type(error).__name__}: {error}" if isinstance(error, StorageError) else type(error).__name__
+        slow = isinstance(error, (StorageFatal, ChangeRejected))
+        if figures.failing_since_s is None:
+            figures.failing_since_s = anyio.current_time()
+            logger.warning("the storage did not take a batch of %d change(s), trying again: %s", batch.changes, figures.last_error)
+        self._observers.flush_failed(batch, error, attempt)
+        ceiling = _BACKOFF_MAX_S if slow else min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** min(attempt - 1, 16))
+        with anyio.CancelScope() as self._shield:
+            await anyio.sleep(ceiling * (0.5 + self._random() / 2))
+        figures.retries += 1
+
+    async def _purge(self) -> None:
+        """Delete one chunk of rows that nobody can see."""
+        self._purge_at = anyio.current_time() + _PURGE_INTERVAL_S
+        try:
+            rows = 0
+            with anyio.CancelScope(shield=True) as self._shield:
+                rows = await self._storage.purge(self._fence, now=self._now(), rows_max=_PURGE_ROWS)
+        except LeaseLost:
+            raise
+        except Exception as error:  # noqa: BLE001 — purging can wait
+            logger.warning("could not purge, trying again later: %s", type(error).__name__)
+            self._purge_at = anyio.current_time() + _BACKOFF_MAX_S
+            return
+        if rows:
+            self._purge_at = anyio.current_time()

@@ -1,0 +1,421 @@
+"""The handle of a session: what callers hold, an id and its incarnation, never anything that is in memory of it.
+
+A handle costs nothing to keep, survives eviction, and may be used by any number of tasks at once. When its session is
+deleted (even if another is created under the id), every call raises SessionNotFound.
+
+All writes take `durability` (the level to wait for, default from the configuration) and `idempotency_key` (the same key
+with the same arguments gives the first call's result again, for 24 h; with others IdempotencyConflict). They raise:
+
+- InvalidInput, SessionNotFound, SessionHeld, IdempotencyConflict, Overloaded, StorageUnavailable (the session had to be
+  loaded): nothing was changed.
+- DurabilityNotReached: the change stands, with the call's result in `outcome`, but is not at the level yet.
+- Quarantined: the change stands in memory, the database refuses it; it is kept in quarantine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar, cast
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from .door import Door, Plan, Request
+from .errors import InvalidInput
+from .plans import TITLE_CHARS_MAX, NotInTail, Planner, Stale, only
+from .reads import Reads
+from .records import (
+    AgentContext,
+    AgentSwitch,
+    Document,
+    Durability,
+    Message,
+    NewMessage,
+    Order,
+    Page,
+    Role,
+    Session,
+)
+from .residents import Resident
+from .validation import (
+    body_hash,
+    check_id,
+    check_json,
+    check_limit,
+    check_message,
+    check_name,
+    check_seq,
+    check_text,
+    json_object,
+    parse_message,
+)
+
+__all__ = ["DESCRIPTION_CHARS_MAX", "PAGE_ITEMS_MAX", "REASON_CHARS_MAX", "Hooks", "SessionHandle", "request_for"]
+
+DESCRIPTION_CHARS_MAX: Final = 20_000
+REASON_CHARS_MAX: Final = 20_000
+MEDIA_TYPE_CHARS_MAX: Final = 255
+PAGE_ITEMS_MAX: Final = 1000
+T = TypeVar("T")
+
+
+class Hooks(Protocol):
+    """The hook that sees messages before they are appended."""
+
+    @property
+    def appending(self) -> bool:
+        """Whether any plugin looks at messages at all."""
+
+    def before_append(self, session_id: str, message: NewMessage) -> NewMessage: ...
+
+
+def request_for(
+    key: str | None, route: str, arguments: object, read_outcome: Callable[[str], T]
+) -> Request[T] | None:
+    """The request of a call, if it has an idempotency key."""
+    if key is None:
+        return None
+    return Request(check_id("idempotency_key", key), route, body_hash(route, arguments), read_outcome)
+
+
+def check_order(order: str) -> Order:
+    """The order of a list."""
+    if order in ("asc", "desc"):
+        return cast(Order, order)
+    raise InvalidInput("order", f"must be 'asc' or 'desc', not {order!r}")
+
+
+def _json(kind: type[T]) -> Callable[[str], T]:
+    return msgspec.json.Decoder(kind).decode
+
+
+_read_messages: Final = _json(list[Message])
+_read_popped: Final[Callable[[str], Message | None]] = _json(Message)  # a call that popped nothing has no outcome
+_read_session: Final = _json(Session)
+_read_context: Final = _json(AgentContext)
+_read_bool: Final = _json(bool)
+
+
+def _read_none(_: str) -> None:
+    return None
+
+
+class SessionHandle:
+    """One session, as `create_session` and `get_session` give it."""
+
+    __slots__ = ("_door", "_hooks", "_planner", "_reads", "incarnation", "session_id")
+
+    def __init__(
+        self, session_id: str, incarnation: str, *, door: Door, planner: Planner, reads: Reads, hooks: Hooks
+    ) -> None:
+        self.session_id = session_id
+        self.incarnation = incarnation
+        self._door = door
+        self._planner = planner
+        self._reads = reads
+        self._hooks = hooks
+
+    def __repr__(self) -> str:
+        return f"<SessionHandle {self.session_id!r}>"
+
+    # The session itself
+
+    async def record(self) -> Session:
+        """The session's record."""
+        return (await self._door.resident(self.session_id, self.incarnation)).record()
+
+    async def update(
+        self,
+        *,
+        title: str | None | UnsetType = UNSET,
+        description: str | None | UnsetType = UNSET,
+        metadata: Mapping[str, Any] | None | UnsetType = UNSET,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Session:
+        """Replace what is given (None removes it; `metadata` as a whole). Returns the record."""
+        if title is not UNSET and title is not None:
+            check_text("title", title, TITLE_CHARS_MAX)
+        if description is not UNSET and description is not None:
+            check_text("description", description, DESCRIPTION_CHARS_MAX)
+        text = UNSET if metadata is UNSET else _object_text("metadata", metadata)
+        plan = partial(self._planner.update, title=title, description=description, metadata=text)
+        arguments = {
+            name: value for name, value in (("title", title), ("description", description), ("metadata", text)) if value is not UNSET
+        }
+        return await self._write(plan, durability, request_for(idempotency_key, "update", arguments, _read_session))
+
+    async def delete(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
+        """Delete the session and all it has. Its id is free at once."""
+        await self._write(self._planner.delete, durability, request_for(idempotency_key, "delete", None, _read_none))
+
+    # Messages
+
+    async def append(
+        self,
+        role: Role,
+        content: str | list[Any] | None = None,
+        *,
+        name: str | None = None,
+        tool_calls: list[dict[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        token_count: int | None = None,
+        metadata: dict[str, Any] | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Message:
+        """Append one message. No history is loaded, however long it is."""
+        new = NewMessage(
+            role=role,
+            content=content,
+            name=name,
+            tool_calls=tool_calls,
+            tool_call_id=tool_call_id,
+            token_count=token_count,
+            metadata=metadata,
+        )
+        return (await self._append("", (new,), "append", durability, idempotency_key))[0]
+
+    async def append_many(
+        self,
+        messages: Sequence[NewMessage | Mapping[str, Any]],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[Message]:
+        """Append messages, all or none, as one change. Dicts are in chat format; keys that are not ours are kept."""
+        if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+            raise InvalidInput("messages", f"must be a list of messages, not {type(messages).__name__}")
+        if not messages:
+            raise InvalidInput("messages", "must hold at least one message")
+        new = [parse_message(f"messages[{index}]", each) for index, each in enumerate(messages)]
+        return await self._append("messages", new, "append_many", durability, idempotency_key)
+
+    async def append_tool_result(
+        self,
+        call_id: str,
+        tool_name: str,
+        result: Any,
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Message:
+        """Append a tool's result, a string as it is and any other JSON value encoded, as the answer to `call_id`."""
+        check_name("call_id", call_id)
+        check_name("tool_name", tool_name)
+        if not isinstance(result, str):
+            check_json("result", result)
+            result = msgspec.json.encode(result).decode()
+        new = NewMessage(role="tool", content=result, name=tool_name, tool_call_id=call_id)
+        return (await self._append("", (new,), "append_tool_result", durability, idempotency_key))[0]
+
+    async def _append(
+        self,
+        path: str,
+        new: Sequence[NewMessage],
+        route: str,
+        durability: Durability | None,
+        idempotency_key: str | None,
+    ) -> list[Message]:
+        arguments = new
+        if self._hooks.appending:
+            new = [self._hooks.before_append(self.session_id, each) for each in new]
+        if path:
+            for index, each in enumerate(new):
+                check_message(f"{path}[{index}]", each)
+        else:
+            check_message("", new[0])
+        request = None
+        if idempotency_key is not None:
+            request = request_for(idempotency_key, route, list(arguments), _read_messages)
+        return await self._write(partial(self._planner.append, new=new), durability, request)
+
+    async def pop(
+        self, *, durability: Durability | None = None, idempotency_key: str | None = None
+    ) -> Message | None:
+        """Remove the newest message and return it; None when there is none. Its seq is not used again."""
+        request = request_for(idempotency_key, "pop", None, _read_popped)
+        while True:
+            try:
+                return await self._write(self._planner.pop, durability, request)
+            except NotInTail:
+                await self._reads.warm(await self._door.resident(self.session_id, self.incarnation))
+
+    async def clear(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
+        """Remove all messages. The session stays, and goes on with the next seq."""
+        await self._write(self._planner.clear, durability, request_for(idempotency_key, "clear", None, _read_none))
+
+    async def messages(self, *, after: int | None = None, limit: int = 100, order: Order = "asc") -> Page[Message]:
+        """A page of at most `limit` (1–1000) messages in order of seq, behind the seq `after`.
+
+        `next` of the page is the `after` of the following one; None at the end.
+        """
+        if after is not None:
+            check_seq("after", after)
+        check_limit("limit", limit, PAGE_ITEMS_MAX)
+        return await self._reads.messages(
+            self.session_id, self.incarnation, after=after, limit=limit, order=check_order(order)
+        )
+
+    async def message(self, seq: int) -> Message | None:
+        """The message with this seq; None when it is not there (any more)."""
+        check_seq("seq", seq)
+        return await self._reads.message(self.session_id, self.incarnation, seq) if seq else None
+
+    async def scan_messages(self, *, after: int | None = None) -> AsyncIterator[Message]:
+        """All messages behind the seq `after`, oldest first, also those appended meanwhile."""
+        while True:
+            page = await self.messages(after=after, limit=PAGE_ITEMS_MAX)
+            for message in page.items:
+                yield message
+            if page.next is None:
+                return
+            after = page.next
+
+    async def history(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """The messages in chat format, valid for a model: each tool call is followed by its results.
+
+        With `limit`, at most that many of the newest, in whole tool groups (but at least one), and the leading system
+        message. A call without a result gets one that says it was interrupted; what is stored is not altered.
+        """
+        if limit is not None:
+            check_limit("limit", limit, 2**31)
+        return await self._reads.history(self.session_id, self.incarnation, limit)
+
+    # The agent
+
+    async def context(self) -> AgentContext:
+        """Which agent holds the session."""
+        return (await self._door.resident(self.session_id, self.incarnation)).agent_context()
+
+    async def switches(self) -> list[AgentSwitch]:
+        """All hand-overs, oldest first."""
+        return await self._reads.switches(self.session_id, self.incarnation)
+
+    async def switch_agent(
+        self,
+        agent: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> AgentContext:
+        """Hand the session to `agent`, and record it with its `reason`. To the agent that has it: records nothing."""
+        check_name("agent", agent)
+        if reason is not None:
+            check_text("reason", reason, REASON_CHARS_MAX)
+        text = None if metadata is None else _object_text("metadata", metadata)
+        plan = partial(self._planner.switch_agent, agent=agent, reason=reason, metadata=text)
+        request = request_for(idempotency_key, "switch_agent", [agent, reason, text], _read_context)
+        return await self._write(plan, durability, request)
+
+    async def update_context(
+        self,
+        *,
+        metadata: Mapping[str, Any],
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> AgentContext:
+        """Replace the metadata of the context, as a whole."""
+        text = _object_text("metadata", metadata)
+        request = request_for(idempotency_key, "update_context", text, _read_context)
+        return await self._write(partial(self._planner.update_context, metadata=text), durability, request)
+
+    # Documents
+
+    async def put_document(
+        self,
+        collection: str,
+        key: str,
+        value: Any,
+        *,
+        media_type: str | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Document:
+        """Write or replace a document: a JSON value, or bytes with their media type."""
+        check_id("collection", collection)
+        check_id("key", key)
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            value = bytes(value)
+            media_type = check_text("media_type", media_type or "application/octet-stream", MEDIA_TYPE_CHARS_MAX)
+            text = None
+        else:
+            if media_type is not None:
+                raise InvalidInput("media_type", "goes with bytes only; a JSON value has none")
+            check_json("value", value)
+            text = msgspec.json.encode(value).decode()
+        document = Document(
+            collection=collection, key=key, value=value, media_type=media_type, updated_at=self._door.now()
+        )
+
+        def read_outcome(outcome: str) -> Document:
+            return msgspec.structs.replace(_json(Document)(outcome), value=value)
+
+        arguments = [collection, key, media_type, value if text is None else text]
+        request = request_for(idempotency_key, "put_document", arguments, read_outcome)
+        return await self._write(partial(self._planner.put_document, document=document, text=text), durability, request)
+
+    async def get_document(self, collection: str, key: str) -> Document | None:
+        """A document; None when there is none under the key."""
+        check_id("collection", collection)
+        check_id("key", key)
+        return await self._reads.document(self.session_id, self.incarnation, collection, key)
+
+    async def list_documents(
+        self, collection: str, *, cursor: str | None = None, limit: int = 100
+    ) -> Page[Document]:
+        """A page of at most `limit` (1–1000) documents of a collection, in order of key, behind the key `cursor`."""
+        check_id("collection", collection)
+        if cursor is not None:
+            check_id("cursor", cursor)
+        check_limit("limit", limit, PAGE_ITEMS_MAX)
+        return await self._reads.documents(
+            self.session_id, self.incarnation, collection, cursor=cursor, limit=limit
+        )
+
+    async def delete_document(
+        self,
+        collection: str,
+        key: str,
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> bool:
+        """Delete a document. Returns whether there was one."""
+        check_id("collection", collection)
+        check_id("key", key)
+        request = request_for(idempotency_key, "delete_document", [collection, key], _read_bool)
+        while True:
+            row, documents_at = await self._reads.document_row(self.session_id, self.incarnation, collection, key)
+
+            def plan(resident: Resident, there: bool = row is not None, seen: int = documents_at) -> Plan[bool]:
+                if resident.documents_at != seen:
+                    raise Stale
+                return self._planner.delete_document(resident, collection, key) if there else Plan(None, False)
+
+            try:
+                return await self._write(plan, durability, request)
+            except Stale:
+                continue
+
+    async def _write(
+        self, plan: Callable[[Resident], Plan[T]], durability: Durability | None, request: Request[T] | None
+    ) -> T:
+        session_id, incarnation = self.session_id, self.incarnation
+        return await self._door.write(
+            session_id,
+            incarnation,
+            lambda current: plan(only(current, session_id, incarnation)),
+            durability=durability,
+            request=request,
+        )
+
+
+def _object_text(path: str, value: object) -> str:
+    """A JSON object as text."""
+    return msgspec.json.encode(json_object(path, value)).decode()
+
+

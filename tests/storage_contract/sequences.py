@@ -1,0 +1,33 @@
+"""Whatever is called, and however the changes fall into batches: a storage shows what a plain model does."""
+
+from __future__ import annotations
+
+from agent_runtime.changes import coalesce
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .dump import dump
+from .kit import NOON, NewOpener, StorageContract, writing
+from .world import Call, World, calls
+
+
+class SequenceContract(StorageContract):
+    @given(calls=calls(), sizes=st.lists(st.integers(1, 8), min_size=1), purged=st.sampled_from([0, 2, 1000]))
+    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    async def test_random_calls_in_random_batches(
+        self, new_opener: NewOpener, calls: list[Call], sizes: list[int], purged: int
+    ) -> None:
+        opener, world = new_opener(), World()
+        left = list(calls)
+        async with writing(opener) as writer:
+            while left:
+                size = sizes[world.sequence % len(sizes)]
+                after = world.sequence
+                changes = [world.perform(call) for call in left[:size]]
+                del left[:size]
+                await writer.storage.apply(coalesce(changes, after, NOON), writer.fence)
+                if purged:
+                    await writer.storage.purge(writer.fence, now=NOON, rows_max=purged)
+                assert await dump(writer.storage) == world.dump()
+        async with opener() as storage:
+            assert await dump(storage) == world.dump()
