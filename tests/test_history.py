@@ -292,7 +292,7 @@ def test_every_window_gives_the_same_history_or_none(messages: list[Message], li
 def test_no_more_is_asked_for_than_is_needed(window: list[Message], limit: int) -> None:
     """Where a window is not enough, one message more before it would have been shown."""
     earlier = Message(seq=0, id="earlier", role="user", content="earlier", created_at=NOW)
-    needs_more = limited_history(window, limit, at_start=False) is None
+    needs_more = limited_history(window, limit, at_start=False, leading=None) is None
     assert needs_more == (earlier.to_chat() in chat_history([earlier, *window], limit))
     assert needs_more == (not enough(groups(window), limit))
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from random import Random
 from uuid import RFC_4122, UUID
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +44,14 @@ def test_identifiers_grow_while_the_clock_stands_still_or_steps_back(times_ms: l
     assert made == sorted(set(made))
     latest_ms = [max(times_ms[: count + 1]) for count in range(len(times_ms))]
     assert [time_ms(identifier) for identifier in made] == latest_ms
+
+
+@pytest.mark.parametrize("bit", range(42))
+def test_the_counter_carries_through_every_bit(bit: int) -> None:
+    identifiers = ticking([5000] * 4)
+    identifiers._counter = 2**bit - 2
+    made = [identifiers.new() for _ in range(4)]
+    assert made == sorted(set(made))
 
 
 def test_a_used_up_counter_moves_on_to_the_next_millisecond() -> None:

@@ -326,6 +326,9 @@ def test_subclasses_of_dict_and_list_are_seen_as_the_encoder_sees_them() -> None
         def items(self) -> Any:
             return [("shown", 1)]
 
+        def keys(self) -> Any:
+            return ["shown"]
+
         def __iter__(self) -> Any:
             return iter(["shown"])
 
@@ -336,6 +339,7 @@ def test_subclasses_of_dict_and_list_are_seen_as_the_encoder_sees_them() -> None
     check_json("m", OrderedDict(a=1))
     check_json("m", defaultdict(list, a=[1]))
     assert refused(check_json, "m", Sly(hidden=math.nan)).path == "m.hidden"
+    assert refused(check_json, "m", Sly({"\0": 1})).path == r'm["\u0000"]'
     assert refused(check_json, "m", SlyList([math.nan])).path == "m[0]"
 
 
@@ -400,7 +404,9 @@ def test_fields_of_ours_in_a_chat_message() -> None:
         created_at=NOW,
         extra={"audio": 1, "refusal": None},
     )
-    assert parse_message("m", {"role": "user", "extra": None}) == parse_message("m", {"role": "user", "extra": {}})
+    empties: list[dict[str, Any]] = [{"role": "user", "extra": None}, {"role": "user", "extra": {}}]
+    for empty in empties:
+        assert parse_message("m", empty) == NewMessage(role="user")
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,7 @@ def _purge_session(partition: Partition, transaction: Transaction, incarnation: 
     tables: tuple[Table[Any], ...] = (partition.messages, partition.switches, partition.documents, partition.contexts)
     for table in tables:
         left -= _purge_rows(transaction, table, incarnation, left)
-    outcomes = [key for key, _ in islice(transaction.scan(partition.outcomes, incarnation), left)]
-    for key in outcomes:
-        _drop_outcome(partition, transaction, key)
-    return rows_max - left + len(outcomes)
+    return rows_max - left
 
 
 def _purge_rows(

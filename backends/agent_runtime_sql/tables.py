@@ -18,6 +18,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
+import msgspec
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -37,6 +38,7 @@ __all__ = [
     "UtcTime",
     "contexts",
     "documents",
+    "fixed_time_text",
     "journals",
     "messages",
     "metadata",
@@ -52,10 +54,15 @@ __all__ = [
 
 def time_text(value: datetime) -> str:
     """An aware time in UTC in one fixed form that sorts by time: `2026-11-23T03:03:40.568500Z`."""
-    text = value.isoformat(timespec="microseconds")
-    if text[26:] != "+00:00":
+    # msgspec's form, at a tenth of the time of isoformat(), but it leaves out a fraction of zero.
+    return fixed_time_text(msgspec.to_builtins(value))
+
+
+def fixed_time_text(text: str) -> str:
+    """The fixed form of a time in UTC in msgspec's form. Raises ValueError when it is not in UTC."""
+    if not text.endswith("Z"):
         raise ValueError("a time that is not in UTC")
-    return text[:26] + "Z"
+    return text if len(text) == 27 else text[:19] + ".000000Z"
 
 
 class UtcTime(TypeDecorator[datetime]):

@@ -133,7 +133,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     - `created`: sessions to insert, as they are at the end of the batch
     - `touched`, `edited`, `cleared`: columns of sessions that exist
     - `contexts`: to insert or replace; `switches`: to insert
-    - `removed`: messages to delete, (incarnation, seq); `messages`: to insert, in order of sequence
+    - `removed`: messages to delete, (incarnation, seq); `messages`: to insert, in order of (incarnation, seq)
     - `discarded`: documents to delete, (incarnation, collection, key); `documents`: to insert or replace
     - `outcomes`, `quarantined`: to insert
 
@@ -172,7 +172,9 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-_ROW_FIELDS: Final = tuple(name for name in Batch.__struct_fields__ if name not in {"after", "last", "changes", "sessions"})
+_ROW_FIELDS: Final = tuple(
+    name for name in Batch.__struct_fields__ if name not in {"after", "last", "changes", "sessions"}
+)
 _decode_message: Final = msgspec.json.Decoder(EncodedMessage).decode
 _decode_change: Final = msgspec.json.Decoder(Change).decode
 encode_change: Final = msgspec.json.Encoder().encode
@@ -240,7 +242,18 @@ def encoded_message(row: MessageRow) -> bytes:
 class _SessionPart:
     """What a batch has gathered of one incarnation."""
 
-    __slots__ = ("birth", "context", "deleted", "details", "documents", "floor", "last", "messages", "removed", "switches")
+    __slots__ = (
+        "birth",
+        "context",
+        "deleted",
+        "details",
+        "documents",
+        "floor",
+        "last",
+        "messages",
+        "removed",
+        "switches",
+    )
 
     def __init__(self) -> None:
         self.birth: Birth | None = None
@@ -286,7 +299,8 @@ class Coalescer:
     `after` is the sequence that the database stands at, `now` the time for quarantine rows.
 
     Changes of the incarnations in `held` are put into quarantine, queued behind the one that was rejected; `rejected`
-    maps the sequence of a change that the database refuses to the error, and quarantines it likewise.
+    maps the sequence of a change that the database refuses to the error: it goes to quarantine, and so do the later
+    changes of its session.
     """
 
     def __init__(
@@ -300,7 +314,8 @@ class Coalescer:
         self._last = after
         self._changes = 0
         self._outcomes: dict[tuple[str, str], OutcomeRow] = {}
-        self._quarantined: list[QuarantineRow] = []
+        self._rejecting: set[str] = set()
+        self._quarantined: dict[int, QuarantineRow] = {}
         self._discharged: list[int] = []
 
     def add(self, change: Change) -> None:
@@ -309,12 +324,14 @@ class Coalescer:
             raise ValueError(f"change {change.sequence} after {self._last}: not in the order of the log")
         self._last = change.sequence
         self._changes += 1
-        if change.resolves is not None:
+        if change.resolves is not None and self._quarantined.pop(change.resolves, None) is None:
             self._discharged.append(change.resolves)
         if change.void:
             return
         error = self._rejected.get(change.sequence)
-        if error is not None or change.incarnation in self._held:
+        if error is not None:
+            self._rejecting.add(change.incarnation)
+        if change.incarnation in self._held or change.incarnation in self._rejecting:
             self._quarantine(change, error)
             return
         if change.outcome is not None:
@@ -325,16 +342,14 @@ class Coalescer:
         part.add(change)
 
     def _quarantine(self, change: Change, error: str | None) -> None:
-        self._quarantined.append(
-            QuarantineRow(
-                sequence=change.sequence,
-                session_id=change.session_id,
-                incarnation=change.incarnation,
-                state="queued" if error is None else "rejected",
-                error=error or "waits behind an earlier change of its session",
-                change=encode_change(change),
-                quarantined_at=self._now,
-            )
+        self._quarantined[change.sequence] = QuarantineRow(
+            sequence=change.sequence,
+            session_id=change.session_id,
+            incarnation=change.incarnation,
+            state="queued" if error is None else "rejected",
+            error="waits behind an earlier change of its session" if error is None else error,
+            change=encode_change(change),
+            quarantined_at=self._now,
         )
 
     def batch(self) -> Batch:
@@ -346,7 +361,7 @@ class Coalescer:
             _collect(incarnation, part, fields)
         fields["messages"].sort(key=_by_session)
         fields["outcomes"].extend(self._outcomes.values())
-        fields["quarantined"].extend(self._quarantined)
+        fields["quarantined"].extend(self._quarantined.values())
         fields["discharged"].extend(self._discharged)
         return Batch(
             after=self._after,

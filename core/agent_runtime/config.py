@@ -31,6 +31,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import ErrorDetails
 
 from .errors import ConfigError
 
@@ -113,7 +114,7 @@ def _later(default: _Value, meaning: str) -> _Value:
 
 def _printable(url: str) -> str:
     if not url.isprintable():
-        raise ValueError("must not hold control characters or bytes that are not UTF-8")
+        raise ValueError("must not hold control characters")
     return url
 
 
@@ -379,13 +380,15 @@ def _nearest_key(path: Sequence[str]) -> str:
     return did_you_mean(path[-1], siblings)
 
 
-_WANTED: Final = {
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "float_type": "a number",
-    "int_type": "a whole number",
-    "string_type": "text",
-    "tuple_type": "a list, as in [a, b]",
+_WORDS: Final = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "string_unicode": "must be text in UTF-8",
+    "tuple_type": "must be a list, as in [a, b]",
 }
 _FOUND: Final = {
     str: "text",
@@ -403,18 +406,13 @@ def _problems(error: ValidationError, winners: Mapping[tuple[str, ...], _Setting
         location = tuple(str(step) for step in fault["loc"])
         path = next(location[:n] for n in range(len(location), -1, -1) if location[:n] in winners)
         below = "".join(f"[{step}]" for step in location[len(path) :] if step != "[key]")
-        wanted = _WANTED.get(fault["type"])
-        if wanted:
-            found = _FOUND.get(type(fault["input"]))
-            text = f"must be {wanted}" + (f", not {found}" if found else "")
-        else:
-            text = _worded(fault["msg"])
-        yield f"{winners[path].label}{below}: {text}"
+        found = _FOUND.get(type(fault["input"])) if fault["type"].endswith("_type") else None
+        yield f"{winners[path].label}{below}: {_worded(fault)}" + (f", not {found}" if found else "")
 
 
-def _worded(message: str) -> str:
+def _worded(fault: ErrorDetails) -> str:
     """What pydantic says, in the words of the other faults."""
-    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
@@ -471,7 +469,7 @@ def _parsed(kind: object, text: str) -> object:
         try:
             return TypeAdapter[object](kind).validate_python(text)
         except ValidationError as error:
-            raise ValueError(_worded(error.errors()[0]["msg"])) from None
+            raise ValueError(_worded(error.errors()[0])) from None
     return None if text == "null" and NoneType in get_args(kind) else text
 
 
@@ -491,9 +489,9 @@ def _collection(text: str) -> object:
         document = _YamlDocument(text)
         value = document.value(document.root)
     except _YamlError as error:
-        raise ValueError(f"is neither JSON nor YAML: {error.problem}") from None
+        raise ValueError(error.problem) from None
     if document.faults:
-        raise ValueError(f"is neither JSON nor plain YAML: {document.faults[0][1]}")
+        raise ValueError(document.faults[0][1])
     return value
 
 
@@ -543,7 +541,7 @@ class _YamlError(Exception):
     def of(cls, error: yaml.MarkedYAMLError) -> _YamlError:
         mark = error.problem_mark or error.context_mark
         # PyYAML quotes tokens and single characters, but also names from the text, and those may be of a secret.
-        problem = _QUOTED.sub(lambda it: it[0] if len(it[0]) < 4 or it[0][1] == "<" else "…", error.problem or "")
+        problem = _QUOTED.sub(lambda it: it[0] if len(it[0]) < 4 or it[0][1] in "<\\" else "…", error.problem or "")
         return cls(mark.line + 1 if mark else 1, f"is not YAML: {problem}")
 
 

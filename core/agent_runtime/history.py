@@ -122,7 +122,7 @@ def _room(limit: int, leading: Message | None) -> int:
 
 
 def limited_history(
-    window: Sequence[Message], limit: int | None, *, at_start: bool, leading: Message | None = None
+    window: Sequence[Message], limit: int | None, *, at_start: bool, leading: Message | None
 ) -> list[dict[str, Any]] | None:
     """The history in chat format, from the newest messages of a session; None if more of them are needed.
 
@@ -132,7 +132,7 @@ def limited_history(
 
     `window` is every message of the session from some point on. `at_start` says that nothing lies before it; then there
     always is a history. Otherwise `leading` must be the session's leading message (see `leading_message`), or None if
-    it has none.
+    it is known to have none: a leading message that is not handed in would be missing from the history.
 
     The history is the leading message and whole groups from the end, together at most `limit` messages (None: all); but
     the leading message and the last group are there whatever the limit. Every window that gives one gives the same.

@@ -1,21 +1,22 @@
 """The typed plugin manager: one a runtime, made when a runtime opens; nothing happens at import.
 
-Owns which plugins there are and how their hooks are called. Whatever a plugin does wrong, at load or in a hook, is raised
-as a PluginError that names it. Hooks are called in the order of registration: entry points by name, then what was handed
-in, as handed in (pluggy's `tryfirst` and `trylast` move one to either end). Observers are different: they never make a
-caller fail; one that raises is logged by name and switched off.
+Owns which plugins there are and how their hooks are called. Whatever a plugin does wrong, at load or in a hook, is
+raised as a PluginError that names it. Hooks are called in the order of registration: entry points by name, then what
+was handed in, as handed in (pluggy's `tryfirst` and `trylast` move one to either end). Observers are different: they
+never make a caller fail; one that raises is logged by name and switched off.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import inspect
 import logging
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 import pluggy
@@ -63,6 +64,10 @@ class _Source(NamedTuple):
     described: str
     load: Callable[[], object]
 
+    def refused(self, hook: str | None, problem: str) -> PluginError:
+        way_out = f"; disable it with plugins.disabled: [{self.name}]" if self.origin != BY_HAND else ""
+        return PluginError(self.name, hook, f"({self.described}) {problem}{way_out}")
+
 
 class _Call(NamedTuple):
     """One plugin's implementation of one hook."""
@@ -82,53 +87,255 @@ class PluginManager:
         self._disabled = frozenset(disabled)
         self._plugins = pluggy.PluginManager(PROJECT)
         self._plugins.add_hookspecs(HookSpecs)
-        self._hooks = tuple(name for name in vars(HookSpecs) if name.startswith(f"{PROJECT}_"))
-        self._calls: dict[str, list[_Call]] = {hook: [] for hook in self._hooks}
+        self._calls: dict[str, list[_Call]] = {hook: [] for hook in vars(self._plugins.hook)}
         self._infos: list[PluginInfo] = []
+        self._appending: tuple[_Call, ...] = ()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def load(self, extra: Iterable[object] = ()) -> None:
-        """Register the plugins of installed distributions, one by one, and then `extra`: objects or (name, object).
+        """Register what installed distributions bring, one by one, and then `extra`: objects, or pairs (name, object).
+
+        Called once. After an error the manager is of no use.
 
         Raises:
             PluginError: names the plugin that can't be imported or registered, and how to go on without it.
-            ConfigError: `disabled` has a name that no plugin has.
+            ConfigError: a name in `disabled` is no plugin's.
         """
-        sources = _distinct([*_installed(), *map(_handed_in, extra)], self._disabled)
+        sources = [*_installed(), *map(_handed_in, extra)]
         names = [source.name for source in sources]
-        if unknown := sorted(self._disabled - set(names)):
-            raise ConfigError([f"plugins.disabled: no plugin is named {n!r}{did_you_mean(n, names)}" for n in unknown])
-        for source in sources:
-            if source.name not in self._disabled:
-                self._register(source)
-        # Only now, as a plugin may implement the hooks that another one specifies.
-        for source in sources:
-            self._infos.append(self._inspect(source))
+        if unknown := sorted(self._disabled.difference(names)):
+            raise ConfigError([f"plugins.disabled: there is no plugin {n!r}{did_you_mean(n, names)}" for n in unknown])
+        enabled = [source for source in sources if source.name not in self._disabled]
+        _refuse_namesakes(enabled)
+        for source in enabled:
+            self._register(source)
+        # Looked at only now: a plugin may implement hooks that another one specifies.
+        hooks = {source.name: self._checked_hooks(source) for source in enabled}
         for hook, calls in self._calls.items():
-            order = {name: index for index, name in enumerate(names)}
-            implementations = getattr(self._plugins.hook, hook).get_hookimpls()
-            implementations.sort(key=lambda it: (it.trylast - it.tryfirst, order[it.plugin_name]))
-            calls.extend(_Call(it.plugin_name, it.function, it.argnames) for it in implementations)
+            found = getattr(self._plugins.hook, hook).get_hookimpls()
+            ordered = sorted(found, key=lambda it: (it.trylast - it.tryfirst, names.index(it.plugin_name)))
+            calls.extend(_Call(it.plugin_name, it.function, it.argnames) for it in ordered)
+        self._appending = tuple(self._calls["agent_runtime_before_append"])
+        self._infos = [
+            PluginInfo(
+                name=source.name,
+                version=source.version,
+                origin=source.origin,
+                module=source.module,
+                hooks=hooks.get(source.name, []),
+                disabled=source.name in self._disabled,
+            )
+            for source in sources
+        ]
 
     def _register(self, source: _Source) -> None:
         try:
             plugin = source.load()
             if inspect.isclass(plugin):
-                raise TypeError("it is a class; register an instance of it, or the module")
+                raise TypeError("it is a class; register an instance of it, or its module")
             if other := self._plugins.get_name(plugin):
                 raise ValueError(f"it is registered already, as {other!r}")
             self._plugins.register(plugin, source.name)
         except pluggy.PluginValidationError as error:
-            _refuse(source, None, "; ".join(str(error).splitlines()[1:]), error)
-        except (Exception, SystemExit) as error:  # a module may even call sys.exit
-            _refuse(source, None, f"{type(error).__name__}: {' '.join(str(error).split())}", error)
+            # The first line of several says "Plugin …", as ours will.
+            raise source.refused(None, "; ".join(str(error).splitlines()[1:])) from error
+        except (Exception, SystemExit) as error:  # a module may even exit when it is imported
+            raise source.refused(None, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
-    def _inspect(self, source: _Source) -> PluginInfo:
-        """Refuse what pluggy lets pass and would then call wrongly or never."""
+    def _checked_hooks(self, source: _Source) -> list[str]:
+        """The hooks a plugin implements. Refuses what pluggy would let pass, and then call never or to no effect."""
         plugin = self._plugins.get_plugin(source.name)
-        hooks = []
-        for caller in (self._plugins.get_hookcallers(plugin) or []) if plugin is not None else []:
-            for implementation in caller.get_hookimpls():
-                ...
-        return PluginInfo()
+        callers = self._plugins.get_hookcallers(plugin) or []
+        for caller in callers:
+            for found in caller.get_hookimpls():
+                if found.plugin is not plugin:
+                    continue
+                if not caller.has_spec() and not found.optionalhook:
+                    specified = [name for name, other in vars(self._plugins.hook).items() if other.has_spec()]
+                    raise source.refused(caller.name, f"there is no such hook{did_you_mean(caller.name, specified)}")
+                if inspect.iscoroutinefunction(found.function) or inspect.isasyncgenfunction(found.function):
+                    raise source.refused(caller.name, "it is async; hooks are synchronous, and return what is awaited")
+                if inspect.isgeneratorfunction(found.function):
+                    raise source.refused(caller.name, "it yields; hooks are plain functions, never wrappers")
+        hooks = sorted(caller.name for caller in callers)
+        unmarked = [
+            hook for hook in self._calls if hook not in hooks and inspect.isroutine(getattr(plugin, hook, None))
+        ]
+        if unmarked:
+            raise source.refused(unmarked[0], "it is not marked with @hookimpl")
+        if not hooks:
+            raise source.refused(
+                None, "it has no hooks; a plugin is a module or an object with functions marked @hookimpl"
+            )
+        return hooks
+
+    def describe(self) -> list[PluginInfo]:
+        """Every plugin, in the order of registration; disabled ones as well."""
+        return list(self._infos)
+
+    # -- storages -----------------------------------------------------------------------------------------------------
+
+    def storages(self) -> dict[str, StorageFactory]:
+        """The factory of each URL scheme."""
+        hook = "agent_runtime_storages"
+        factories: dict[str, StorageFactory] = {}
+        owners: dict[str, str] = {}
+        for plugin, result in self._results(hook):
+            if not isinstance(result, Mapping):
+                raise PluginError(plugin, hook, f"returned {_kind(result)}, not a mapping of scheme to factory")
+            for scheme, factory in result.items():
+                if not (isinstance(scheme, str) and _SCHEME.fullmatch(scheme) and callable(factory)):
+                    raise PluginError(
+                        plugin, hook, f"{scheme!r} is not a URL scheme (lower case) with a callable factory"
+                    )
+                if scheme in owners:
+                    raise PluginError(
+                        plugin, hook, f"stores under {scheme!r}, as {owners[scheme]!r} does; disable one of the two"
+                    )
+                owners[scheme], factories[scheme] = plugin, factory
+        return factories
+
+    def storage_for(self, url: str) -> StorageFactory:
+        """The factory for a URL, by its scheme: the text before the first colon, as in `sqlite+aiosqlite`.
+
+        Raises:
+            InvalidInput: it is not a URL, or no plugin stores under its scheme.
+        """
+        scheme, colon, _ = url.partition(":")
+        scheme = scheme.lower()
+        if not colon or not _SCHEME.fullmatch(scheme):
+            raise InvalidInput("storage.url", "is not a URL" + _as_file(url))
+        factories = self.storages()
+        if scheme not in factories:
+            known = ", ".join(sorted(factories)) or "none"
+            near = did_you_mean(scheme, factories) if difflib.get_close_matches(scheme, factories) else ""
+            raise InvalidInput("storage.url", f"no plugin stores under {scheme!r}; there are: {known}{near}")
+        return factories[scheme]
+
+    # -- commands, lifespans, messages --------------------------------------------------------------------------------
+
+    def commands(self, app: typer.Typer) -> None:
+        """Let every plugin add its commands."""
+        for _ in self._results("agent_runtime_commands", app=app):
+            pass
+
+    def lifespans(self, runtime: Runtime) -> list[tuple[str, AbstractAsyncContextManager[object]]]:
+        """What each plugin wants entered while the runtime serves, with the plugin's name."""
+        hook = "agent_runtime_lifespan"
+        lifespans = []
+        for plugin, result in self._results(hook, runtime=runtime):
+            if result is None:
+                continue
+            if not isinstance(result, AbstractAsyncContextManager):
+                raise PluginError(plugin, hook, f"returned {_kind(result)}, not an async context manager or None")
+            lifespans.append((plugin, result))
+        return lifespans
+
+    @property
+    def appending(self) -> bool:
+        """Whether any plugin looks at messages; where none does, an append is spared the call."""
+        return bool(self._appending)
+
+    def before_append(self, session_id: str, message: NewMessage) -> NewMessage:
+        """The message as the plugins leave it, each given what the one before returned.
+
+        Raises:
+            InvalidInput: a plugin refuses the message.
+            PluginError: a plugin failed. What it said is not repeated, as it may say what is in the message.
+        """
+        hook = "agent_runtime_before_append"
+        for call in self._appending:
+            try:
+                result = call({"session_id": session_id, "message": message})
+            except InvalidInput:
+                raise
+            except Exception as error:
+                raise PluginError(call.plugin, hook, _raised(error)) from error
+            if isinstance(result, NewMessage):
+                message = result
+            elif result is not None:
+                raise PluginError(call.plugin, hook, f"returned {_kind(result)}, not a NewMessage or None")
+        return message
+
+    # -- observers ----------------------------------------------------------------------------------------------------
+
+    def batch_stored(self, receipt: Receipt) -> None:
+        """Tell that a batch is in the database."""
+        self._observe("agent_runtime_batch_stored", receipt=receipt)
+
+    def flush_failed(self, batch: Batch, error: Exception, attempt: int) -> None:
+        """Tell that a try to store a batch failed."""
+        self._observe("agent_runtime_flush_failed", batch=batch, error=error, attempt=attempt)
+
+    def change_quarantined(self, change: Change, error: Exception) -> None:
+        """Tell that a change is in quarantine."""
+        self._observe("agent_runtime_change_quarantined", change=change, error=error)
+
+    # -- calling ------------------------------------------------------------------------------------------------------
+
+    def _results(self, hook: str, **arguments: object) -> Iterator[tuple[str, Any]]:
+        for call in self._calls[hook]:
+            try:
+                result = call(arguments)
+            except Exception as error:
+                raise PluginError(call.plugin, hook, f"{_raised(error)}: {' '.join(str(error).split())}") from error
+            yield call.plugin, result
+
+    def _observe(self, hook: str, **arguments: object) -> None:
+        for call in self._calls[hook]:
+            try:
+                call(arguments)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the caller's work is done and stands
+                self._calls[hook] = [other for other in self._calls[hook] if other is not call]
+                # Without the exception's text: it may say what is in a message.
+                _log.error("plugin %r, hook %s: %s; it is not called again", call.plugin, hook, _raised(error))
+
+
+def _installed() -> list[_Source]:
+    """The entry points of every distribution, by name: the order in which they lie on the path means nothing."""
+    sources = []
+    for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda it: (it.name, it.value)):
+        origin, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", None)
+        module = entry.value.partition(":")[0].strip()
+        sources.append(_Source(entry.name, origin, version, module, f"{origin} {version}, {entry.value}", entry.load))
+    return sources
+
+
+def _handed_in(item: object) -> _Source:
+    match item:
+        case (str(name), plugin):
+            pass
+        case plugin:
+            name = str(getattr(plugin, "__name__", type(plugin).__name__))
+    module = plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__
+    version = getattr(plugin, "__version__", None)
+    return _Source(name, BY_HAND, version if isinstance(version, str) else None, module, BY_HAND, lambda: plugin)
+
+
+def _refuse_namesakes(sources: Iterable[_Source]) -> None:
+    first: dict[str, _Source] = {}
+    for source in sources:
+        other = first.setdefault(source.name, source)
+        if other is not source:
+            raise PluginError(
+                source.name,
+                None,
+                f"two plugins have this name ({other.described}; {source.described}): "
+                "uninstall one, or hand one in under another name as (name, object)",
+            )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _raised(error: Exception) -> str:
+    """What was raised and where, without what it says."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{type(error).__name__} at {frame.f_code.co_filename}:{line}"
+
+
+def _as_file(text: str) -> str:
+    # Only what looks like a path is repeated: a mistyped URL may hold a password.
+    return f"; a SQLite file is written as sqlite:///{text}" if re.fullmatch(r"[\w./ -]+", text) else ""

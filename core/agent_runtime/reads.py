@@ -84,6 +84,11 @@ def _session(row: SessionRow) -> Session:
     )
 
 
+def _removed(resident: Resident) -> set[int]:
+    """The seqs of messages that a view of the database may still have."""
+    return {seq for change in resident.changes for seq in change.removed}
+
+
 class _Span:
     """Messages of one session below its tail, read in one view: all there are from the first to `high`.
 
@@ -132,7 +137,7 @@ class _Span:
     def visible(self) -> list[Message]:
         """The messages that are still there now and not in the tail."""
         resident = self._resident
-        removed = {seq for change in resident.changes for seq in change.removed}
+        removed = _removed(resident)
         floor, tail_from = resident.floor, resident.tail_from
         return [each for each in self._messages if floor < each.seq <= tail_from and each.seq not in removed]
 
@@ -210,42 +215,45 @@ class Reads:
     async def history(self, session_id: str, incarnation: str, limit: int | None) -> list[dict[str, Any]]:
         """The history in chat format, valid for a model; with `limit`, its newest whole tool groups."""
         resident = await self._door.resident(session_id, incarnation)
-        history = self._history(resident, [], limit, at_start=resident.tail_from <= resident.floor, leading=None)
-        if history is not None:
-            return history
+        whole = resident.tail_from <= resident.floor
+        if whole or (limit is not None and resident.lead_known):
+            history = self._history(resident, [], limit, at_start=whole)
+            if history is not None:
+                return history
         async with self._door.view(resident) as snapshot:
             span = _Span(snapshot, resident)
-            leading: Message | None = None
-            asked = False
-            while history is None:
+            while True:
                 await span.read_older(_CHUNK if limit is None else max(limit, 50))
                 if span.more and limit is None:
                     continue
-                if span.more and not asked:
-                    asked = True
-                    leading = leading_message(await self._first(snapshot, resident))
+                if span.more and not resident.lead_known:
+                    lead = leading_message(await self._first(snapshot, resident))
+                    resident.learn_lead(None if lead is None else Raw(msgspec.json.encode(lead)))
                     await span.read_older(1)
                 self._check(resident)
-                history = self._history(resident, span.visible(), limit, at_start=not span.more, leading=leading)
-            self._warm(resident, span)
-            return history
+                history = self._history(resident, span.visible(), limit, at_start=not span.more)
+                if history is not None:
+                    self._warm(resident, span)
+                    return history
 
     @staticmethod
     async def _first(snapshot: Snapshot, resident: Resident) -> Message | None:
         """The first message of a history that begins below the tail."""
-        count = 1 + sum(len(change.removed) for change in resident.changes)
-        rows = await snapshot.messages(resident.incarnation, after=resident.floor, limit=count)
-        removed = {seq for change in resident.changes for seq in change.removed}
-        return next((_message(row) for row in rows if row.seq not in removed), None)
+        while True:
+            floor, count = resident.floor, 1 + len(_removed(resident))
+            rows = await snapshot.messages(resident.incarnation, after=floor, limit=count)
+            removed = _removed(resident)
+            left = [row for row in rows if row.seq not in removed]
+            if resident.floor == floor and (left or len(rows) < count):
+                return _message(left[0]) if left else None
 
     @staticmethod
     def _history(
-        resident: Resident, older: list[Message], limit: int | None, *, at_start: bool, leading: Message | None
+        resident: Resident, older: list[Message], limit: int | None, *, at_start: bool
     ) -> list[dict[str, Any]] | None:
-        if leading is not None and leading.seq <= resident.floor:
-            leading = None
         window = [*older, *map(read_message, resident.tail)]
-        return limited_history(window, limit, at_start=at_start, leading=leading)
+        lead = None if resident.lead is None else read_message(resident.lead)
+        return limited_history(window, limit, at_start=at_start, leading=lead)
 
     async def warm(self, resident: Resident) -> None:
         """Load the newest messages, at least one if there are any, into the tail."""

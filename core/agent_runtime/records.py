@@ -83,7 +83,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return chat
 
 
-class NewMessage(msgspec.Struct, frozen=True, kw_only=True):
+class NewMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A message to append. `id` (default: a new UUIDv7) and `created_at` (default: now) may be given."""
 
     role: Role

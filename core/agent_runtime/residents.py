@@ -21,7 +21,8 @@ import msgspec
 from msgspec import Raw
 
 from .changes import Change, Details
-from .records import AgentContext, Session
+from .history import leading_message
+from .records import AgentContext, Message, Session
 from .rows import ContextRow, OutcomeRow
 from .storage import HeadRows, SessionKey
 
@@ -58,6 +59,8 @@ class Resident:
         "idle",
         "incarnation",
         "last_activity",
+        "lead",
+        "lead_known",
         "message_count",
         "metadata",
         "next_seq",
@@ -92,6 +95,8 @@ class Resident:
         self.tail: list[Raw] = []
         self.tail_seqs: list[int] = []
         self.tail_from = 0
+        self.lead: Raw | None = None  # the leading message, if it lies below the tail and is known
+        self.lead_known = False
         self.pending: deque[Change] = deque()
         self.held: list[Change] = []
         self.outcomes: dict[str, OutcomeRow] = {}
@@ -184,13 +189,11 @@ class Resident:
                 self.bytes -= len(self.context.metadata)
             self.context = change.context
         if change.floor is not None:
-            self.floor = change.floor
             self._drop_tail(bisect_right(self.tail_seqs, change.floor))
+            self.floor = change.floor
+            self.forget_lead()
         for seq in change.removed:
-            index = bisect_left(self.tail_seqs, seq)
-            if index < len(self.tail_seqs) and self.tail_seqs[index] == seq:
-                self.bytes -= len(memoryview(self.tail[index])) + _MESSAGE_BYTES
-                del self.tail[index], self.tail_seqs[index]
+            self._remove(seq)
         if change.messages:
             self._extend_tail(change)
         if change.documents or change.discarded:
@@ -209,9 +212,35 @@ class Resident:
             self.tail_seqs.extend(map(_seq, messages))
         self.bytes += sum([len(memoryview(raw)) for raw in messages]) + _MESSAGE_BYTES * len(messages)
 
+    def _remove(self, seq: int) -> None:
+        index = bisect_left(self.tail_seqs, seq)
+        if index < len(self.tail_seqs) and self.tail_seqs[index] == seq:
+            self.bytes -= len(memoryview(self.tail[index])) + _MESSAGE_BYTES
+            del self.tail[index], self.tail_seqs[index]
+        if seq <= self.tail_from or not self.tail:
+            self.forget_lead()
+
+    def learn_lead(self, lead: Raw | None) -> None:
+        """Keep the leading message, or that there is none, for as long as that stays true."""
+        self.forget_lead()
+        self.lead_known = True
+        if lead is not None:
+            self.lead = lead
+            self.bytes += len(memoryview(lead))
+
+    def forget_lead(self) -> None:
+        """What leads the history may have changed."""
+        if self.lead is not None:
+            self.bytes -= len(memoryview(self.lead))
+        self.lead = None
+        self.lead_known = False
+
     def _drop_tail(self, count: int) -> None:
         """Let go of the `count` oldest messages of the tail."""
         if count:
+            if self.tail_from <= self.floor:
+                first = msgspec.json.decode(self.tail[0], type=Message)
+                self.learn_lead(self.tail[0] if leading_message(first) is not None else None)
             self.bytes -= sum([len(memoryview(raw)) for raw in self.tail[:count]]) + _MESSAGE_BYTES * count
             self.tail_from = self.tail_seqs[count - 1]
             del self.tail[:count], self.tail_seqs[:count]

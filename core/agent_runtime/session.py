@@ -42,6 +42,7 @@ from .validation import (
     body_hash,
     check_id,
     check_json,
+    check_label,
     check_limit,
     check_message,
     check_name,
@@ -202,8 +203,8 @@ class SessionHandle:
         idempotency_key: str | None = None,
     ) -> Message:
         """Append a tool's result, a string as it is and any other JSON value encoded, as the answer to `call_id`."""
-        check_name("call_id", call_id)
-        check_name("tool_name", tool_name)
+        check_label("call_id", call_id)
+        check_label("tool_name", tool_name)
         if not isinstance(result, str):
             check_json("result", result)
             result = msgspec.json.encode(result).decode()
@@ -218,18 +219,22 @@ class SessionHandle:
         durability: Durability | None,
         idempotency_key: str | None,
     ) -> list[Message]:
-        arguments = new
-        if self._hooks.appending:
-            new = [self._hooks.before_append(self.session_id, each) for each in new]
-        if path:
-            for index, each in enumerate(new):
-                check_message(f"{path}[{index}]", each)
-        else:
-            check_message("", new[0])
         request = None
         if idempotency_key is not None:
-            request = request_for(idempotency_key, route, list(arguments), _read_messages)
+            self._check_messages(path, new)
+            request = request_for(idempotency_key, route, list(new), _read_messages)
+        if self._hooks.appending:
+            new = [self._hooks.before_append(self.session_id, each) for each in new]
+        self._check_messages(path, new)
         return await self._write(partial(self._planner.append, new=new), durability, request)
+
+    @staticmethod
+    def _check_messages(path: str, new: Sequence[NewMessage]) -> None:
+        if not path:
+            check_message("", new[0])
+            return
+        for index, each in enumerate(new):
+            check_message(f"{path}[{index}]", each)
 
     async def pop(
         self, *, durability: Durability | None = None, idempotency_key: str | None = None

@@ -32,6 +32,7 @@ __all__ = [
     "body_hash",
     "check_id",
     "check_json",
+    "check_label",
     "check_limit",
     "check_message",
     "check_name",
@@ -138,7 +139,7 @@ def check_text(path: str, value: object, chars_max: int) -> str:
     return value
 
 
-def _check_label(path: str, value: object) -> str:
+def check_label(path: str, value: object) -> str:
     text = check_text(path, value, ID_CHARS_MAX)
     if not text:
         _refuse(path, "must not be empty")
@@ -147,7 +148,7 @@ def _check_label(path: str, value: object) -> str:
 
 def check_name(path: str, value: object) -> str:
     """The name of an agent or a tool: 1 to 255 characters, none of them a control character or a lone surrogate."""
-    text = _check_label(path, value)
+    text = check_label(path, value)
     control = _find_control(text)
     if control is not None:
         _refuse(path, f"must not contain control characters (U+{ord(control[0]):04X} at position {control.start()})")
@@ -373,11 +374,11 @@ def _check_fields(path: str, message: NewMessage) -> None:
         _refuse(_field(path, "role"), f"is unknown; it is one of {', '.join(ROLES)}")
     _check_content(_field(path, "content"), message.content)
     if message.name is not None:
-        _check_label(_field(path, "name"), message.name)
+        check_label(_field(path, "name"), message.name)
     if message.tool_calls is not None:
         _check_tool_calls(_field(path, "tool_calls"), message.tool_calls)
     if message.tool_call_id is not None:
-        _check_label(_field(path, "tool_call_id"), message.tool_call_id)
+        check_label(_field(path, "tool_call_id"), message.tool_call_id)
     if message.token_count is not None:
         _check_int(_field(path, "token_count"), message.token_count, 0, TOKEN_COUNT_MAX)
     if message.metadata is not None:
@@ -414,7 +415,7 @@ def _check_tool_calls(path: str, tool_calls: object) -> None:
             _refuse(call_path, f"must be a tool call, which is a dict, not {_kind(call)}")
         if "id" not in call:
             _refuse(f"{call_path}.id", "is missing; results are matched to calls by it")
-        _check_label(f"{call_path}.id", call["id"])
+        check_label(f"{call_path}.id", call["id"])
     _walk(path, tool_calls, 1)
 
 

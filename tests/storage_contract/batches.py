@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
+
 from agent_runtime.changes import Details
 from agent_runtime.errors import ChangeRejected, SequenceMismatch
-from msgspec.structs import replace
 
 from .dump import dump
 from .kit import (
@@ -162,7 +163,9 @@ class BatchContract(StorageContract):
         async with writing(opener) as writer:
             await writer.create("a", messages=3, user_id="u")
             await writer.apply(
-                touched=(writer.touch("a"),), switches=(switch_row("a", 1),), documents=(document_row("a", "notes", "1"),)
+                touched=(writer.touch("a"),),
+                switches=(switch_row("a", 1),),
+                documents=(document_row("a", "notes", "1"),),
             )
             await writer.apply(deleted=("a",))
             async with writer.storage.snapshot() as snapshot:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-
-
-
 import msgspec
+
 from agent_runtime.rows import (
     ContextRow,
     DocumentRow,
@@ -86,9 +84,7 @@ async def _messages(snapshot: Snapshot, session: SessionRow) -> list[MessageRow]
 
 async def _documents(snapshot: Snapshot, incarnation: str, collection: str) -> list[DocumentRow]:
     rows: list[DocumentRow] = []
-    while page := await snapshot.documents(
-        incarnation, collection, after=rows[-1].key if rows else "", limit=_PAGE
-    ):
+    while page := await snapshot.documents(incarnation, collection, after=rows[-1].key if rows else "", limit=_PAGE):
         rows.extend(page)
     return rows
 

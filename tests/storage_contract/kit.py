@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 
 import pytest
-from agent_runtime.changes import Batch, Receipt
+
+from agent_runtime.changes import Batch, Receipt, Touch
 from agent_runtime.rows import (
     ContextRow,
     DocumentRow,
@@ -20,7 +21,6 @@ from agent_runtime.rows import (
     SessionRow,
     SwitchRow,
 )
-from agent_runtime.changes import Touch
 from agent_runtime.storage import Claim, Fence, Grant, Storage
 
 Opener: TypeAlias = Callable[[], AbstractAsyncContextManager[Storage]]
@@ -41,7 +41,8 @@ class StorageContract:
 
 def claim(holder: str = "the contract", **fields: Any) -> Claim:
     """A claim of this process, which is not known to be dead."""
-    return Claim(**({"holder": holder, "host": socket.gethostname(), "pid": os.getpid(), "duration_s": 60.0} | fields))
+    defaults: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "duration_s": 60.0}
+    return Claim(holder=holder, **(defaults | fields))
 
 
 class Writer:
@@ -74,7 +75,8 @@ class Writer:
 
     def touch(self, incarnation: str, **columns: Any) -> Touch:
         """A touch by the batch that would be next."""
-        defaults = {"last_activity": NOON, "message_count": 0, "next_seq": 1, "sequence": self.sequence + 1}
+        defaults: dict[str, Any] = {"last_activity": NOON, "message_count": 0, "next_seq": 1}
+        defaults["sequence"] = self.sequence + 1
         return Touch(incarnation, **(defaults | columns))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from agent_runtime.changes import coalesce
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from agent_runtime.changes import coalesce
 
 from .dump import dump
 from .kit import NOON, NewOpener, StorageContract, writing

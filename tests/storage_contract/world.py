@@ -10,12 +10,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
-from agent_runtime.changes import Birth, Change, Details
-from agent_runtime.records import Message
-from agent_runtime.rows import ContextRow, DocumentRow, MessageRow, OutcomeRow, SwitchRow
 from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
+
+from agent_runtime.changes import Birth, Change, Details
+from agent_runtime.records import Message
+from agent_runtime.rows import ContextRow, DocumentRow, MessageRow, OutcomeRow, SwitchRow
 
 from .dump import COLLECTIONS, Dump, SessionDump
 from .kit import DAY, NOON, session_row
@@ -29,7 +30,7 @@ class Call(NamedTuple):
     kind: str
     session: int
     text: str
-    count: int
+    size: int
     document: tuple[str, str]
     keyed: bool
 
@@ -41,7 +42,7 @@ def calls(max_size: int = 30) -> st.SearchStrategy[list[Call]]:
         kind=st.sampled_from(KINDS),
         session=st.integers(0, 2),
         text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=4),
-        count=st.integers(1, 4),
+        size=st.integers(1, 4),
         document=st.tuples(st.sampled_from(COLLECTIONS), st.sampled_from(["1", "2", "é"])),
         keyed=st.booleans(),
     )
@@ -150,13 +151,14 @@ class World:
 
     def _append(self, session: _Session, call: Call, now: datetime) -> dict[str, Any]:
         encoded: list[Raw] = []
-        for _ in range(call.count):
-            message = Message(seq=session.next_seq, id=f"m{session.next_seq}", role="user", content=call.text, created_at=now)
+        for _ in range(call.size):
+            seq = session.next_seq
+            message = Message(seq=seq, id=f"m{seq}", role="user", content=call.text, created_at=now)
             encoded.append(Raw(msgspec.json.encode(message)))
             unset = dict.fromkeys(("parts", "name", "tool_calls", "tool_call_id", "token_count", "metadata", "extra"))
-            session.messages[message.seq] = MessageRow(
+            session.messages[seq] = MessageRow(
                 incarnation=session.incarnation,
-                seq=message.seq,
+                seq=seq,
                 id=message.id,
                 role="user",
                 content=call.text,

@@ -1,0 +1,68 @@
+"""Brings a database to the schema of this code, or says why it can't be.
+
+Migrations are Alembic's, in the folder beside this module, without any ini file. They run in the caller's transaction:
+after a failure the database is as before. Alembic is imported only when there is something to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from agent_runtime.errors import StorageFatal
+from sqlalchemy import Column, Connection, MetaData, Table, Text, inspect, select
+
+from .tables import metadata
+
+__all__ = ["HEAD", "is_current", "migrate"]
+
+HEAD: Final = "0001"
+"""The newest revision in migrations/versions."""
+
+# Not Alembic's own name for it: a database may hold the tables of others, who may use Alembic too.
+_VERSION_TABLE: Final = "agent_runtime_version"
+_version: Final = Table(_VERSION_TABLE, MetaData(), Column("version_num", Text))
+
+
+def _stored_version(connection: Connection) -> str | None:
+    if not inspect(connection).has_table(_VERSION_TABLE):
+        return None
+    return connection.scalar(select(_version.c.version_num))
+
+
+def is_current(connection: Connection) -> bool:
+    """Whether nothing is to be migrated."""
+    return _stored_version(connection) == HEAD
+
+
+def migrate(connection: Connection, name: str) -> None:
+    """Bring the database to HEAD, inside the transaction that `connection` is in, which excludes other writers.
+
+    `name` is the database's in messages. Raises StorageFatal when the database is newer than this code, or holds a table
+    of someone else under a name of ours.
+    """
+    stored = _stored_version(connection)
+    if stored == HEAD:  # by another process, while this one waited for its transaction
+        return
+    if stored is None:
+        taken = sorted(metadata.tables.keys() & set(inspect(connection).get_table_names()))
+        if taken:
+            raise StorageFatal(
+                f"{name} holds a table {taken[0]!r} that is not agent-runtime's: give agent-runtime a database of its own"
+            )
+
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if stored is not None and stored not in known:
+        raise StorageFatal(
+            f"{name} has schema {stored}, newer than schema {HEAD} of this code: upgrade agent-runtime, "
+            "or restore a copy of the database from before its upgrade"
+        )
+    config.attributes["connection"] = connection
+    config.attributes["version_table"] = _VERSION_TABLE
+    command.upgrade(config, HEAD)

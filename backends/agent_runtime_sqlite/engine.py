@@ -1,0 +1,120 @@
+"""Connections: one that writes, a few that read, each configured and checked before it is used.
+
+In SQLite's write-ahead log readers and the writer don't wait for one another, as long as each has a connection of its
+own. So there are two engines on one file: `writer` with the one connection that ever writes, and `readers`.
+
+The drivers' defaults begin no transaction before a read and a deferred one before a write, which loses updates. So the
+driver is told to leave transactions alone, and they are begun here: BEGIN IMMEDIATE to write, BEGIN to read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import aiosqlite
+from agent_runtime.errors import StorageFatal
+from sqlalchemy import URL, Connection, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from .settings import Settings
+
+__all__ = ["Engines", "driver_of", "make_engines"]
+
+logger: Final = logging.getLogger(__name__)
+
+# The order counts: the timeout is for the pragmas after it.
+_WRITER: Final[Mapping[str, object]] = {
+    "journal_mode": "wal",
+    "synchronous": 2,  # FULL: a commit has reached the disk when it returns
+    "fullfsync": 1,  # and on macOS the disk's platters too
+    "foreign_keys": 1,
+}
+_READER: Final[Mapping[str, object]] = {"journal_mode": "wal", "query_only": 1}
+
+
+class Engines(NamedTuple):
+    """Made, used and disposed of on one asyncio loop."""
+
+    writer: AsyncEngine
+    readers: AsyncEngine
+
+    async def dispose(self) -> None:
+        """Close every connection. The writer's goes last, and leaves the whole database in its one file."""
+        await self.readers.dispose()
+        await _checkpoint(self.writer)
+        await self.writer.dispose()
+
+
+def make_engines(settings: Settings) -> Engines:
+    """Engines that connect when first used."""
+    return Engines(
+        writer=_engine(settings, _WRITER, "BEGIN IMMEDIATE", connections=1),
+        readers=_engine(settings, _READER, "BEGIN", connections=settings.readers),
+    )
+
+
+def _engine(settings: Settings, pragmas: Mapping[str, object], begin: str, *, connections: int) -> AsyncEngine:
+    # mode=rw: a file that has gone is an error, not a new, empty database that anyone may read.
+    url = URL.create(
+        "sqlite+aiosqlite", database=settings.path.as_uri(), query={"uri": "true", "mode": "rw"}
+    )
+    engine = create_async_engine(
+        url,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=settings.busy_timeout_s,
+        hide_parameters=True,  # they are what people said
+        connect_args={"isolation_level": None, "timeout": settings.busy_timeout_s},
+    )
+    wanted = {"busy_timeout": round(settings.busy_timeout_s * 1000), **pragmas}
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: Any, _record: object) -> None:
+        try:
+            for name, value in wanted.items():
+                _set_pragma(settings, connection, name, value)
+        except BaseException:
+            connection.close()
+            raise
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin_transaction(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def _set_pragma(settings: Settings, connection: Any, name: str, value: object) -> None:
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA {name}={value}")
+        cursor.execute(f"PRAGMA {name}")
+        (found,) = cursor.fetchone()
+    finally:
+        cursor.close()
+    if found != value:
+        raise StorageFatal(
+            f"the database {settings.path} can't have {name}={value}, SQLite answers {found!r}: "
+            "choose a path on a local disk"
+        )
+
+
+async def driver_of(connection: AsyncConnection) -> aiosqlite.Connection:
+    """The driver's connection below."""
+    raw = await connection.get_raw_connection()
+    driver = raw.driver_connection
+    if not isinstance(driver, aiosqlite.Connection):
+        raise TypeError(f"a connection of aiosqlite was expected, not {type(driver).__name__}")
+    return driver
+
+
+async def _checkpoint(writer: AsyncEngine) -> None:
+    try:
+        async with writer.connect() as connection:
+            driver = await driver_of(connection)
+            for statement in ("PRAGMA busy_timeout=0", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                await (await driver.execute(statement)).close()
+    except Exception as exc:  # noqa: BLE001 - the next one to open the file does it
+        logger.debug("the write-ahead log stays as it is: %r", exc)

@@ -1,0 +1,91 @@
+"""Opens the file, and puts the parts together into a `Storage`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+import anyio
+from agent_runtime.bridge import AsyncioBridge
+from agent_runtime.changes import Batch, Receipt
+from agent_runtime.storage import Abilities, Fence, LeaseDesk, PoolFigures, Snapshot, StorageConfig
+from agent_runtime_sql.schema import is_current, migrate
+from sqlalchemy import QueuePool
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from .apply import apply_batch, purge
+from .engine import Engines, make_engines
+from .errors import translated
+from .filesystem import MOUNTS, prepare_file
+from .lease import Clock, SqliteLeases, boot_clock
+from .settings import Settings, parse_settings
+from .snapshot import Readers
+from .writer import Writer
+
+__all__ = ["SqliteStorage", "open_storage"]
+
+
+class SqliteStorage:
+    """A SQLite file. See `agent_runtime.storage.Storage`."""
+
+    def __init__(self, bridge: AsyncioBridge, engines: Engines, settings: Settings, clock: Clock) -> None:
+        self._engines = engines
+        self._writer = Writer(bridge, engines.writer, settings.path)
+        self._readers = Readers(bridge, engines.readers, settings.path, clock, settings.readers)
+        self._leases = SqliteLeases(self._writer, clock)
+
+    @property
+    def abilities(self) -> Abilities:
+        return Abilities(survives="power")
+
+    @property
+    def leases(self) -> LeaseDesk:
+        return self._leases
+
+    def snapshot(self, partition: int = 0) -> AbstractAsyncContextManager[Snapshot]:
+        return self._readers.snapshot(partition)
+
+    async def apply(self, batch: Batch, fence: Fence) -> Receipt:
+        return await self._writer.run(apply_batch, batch, fence, datetime.now(UTC))
+
+    async def purge(self, fence: Fence, *, now: datetime, rows_max: int) -> int:
+        return await self._writer.run(purge, fence, now, rows_max)
+
+    def figures(self) -> PoolFigures:
+        pools = [cast("QueuePool", engine.sync_engine.pool) for engine in self._engines]
+        return PoolFigures(size=sum(pool.size() for pool in pools), in_use=sum(pool.checkedout() for pool in pools))
+
+    async def prepare(self, path: Path) -> None:
+        """See that both kinds of connection work, and that the tables are those of this code."""
+        if not await self._bridge_is_current():
+            await self._writer.run(_migrate, f"the database {path}")
+
+
+async def _migrate(connection: AsyncConnection, name: str) -> None:
+    await connection.run_sync(migrate, name)
+
+
+@asynccontextmanager
+async def open_storage(
+    config: StorageConfig, *, clock: Clock = boot_clock, mounts: Path = MOUNTS
+) -> AsyncIterator[SqliteStorage]:
+    """Open the database of the URL; make the file (mode 0600), its directory and its tables where they are missing.
+
+    `clock` counts the seconds of leases, `mounts` is the table of mounted filesystems.
+
+    Raises InvalidInput for the URL or an option, StorageFatal for what a person must mend (the path, a network filesystem,
+    a damaged file, one of another program or of a newer agent-runtime), StorageUnavailable when the file is locked.
+    """
+    settings = parse_settings(config)
+    await anyio.to_thread.run_sync(prepare_file, settings.path, mounts)
+    async with AsyncioBridge.open(name="agent-runtime-sqlite") as bridge:
+        engines = make_engines(settings)
+        try:
+            await bridge.run(_prepare, engines, settings)
+            yield SqliteStorage(bridge, engines, settings, clock)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await bridge.run(engines.dispose)

@@ -1,0 +1,52 @@
+"""The way to the one connection that writes: calls take turns, each is a transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar, TypeVarTuple
+
+import anyio
+from agent_runtime.bridge import AsyncioBridge, on_cancel
+from agent_runtime.errors import AgentRuntimeError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from .engine import driver_of
+from .errors import translated
+
+__all__ = ["Writer"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Writer:
+    """Runs functions in transactions that exclude every other writer of the file."""
+
+    def __init__(self, bridge: AsyncioBridge, engine: AsyncEngine, path: Path) -> None:
+        self._bridge = bridge
+        self._engine = engine
+        self._path = path
+        self._turn = anyio.Lock(fast_acquire=True)
+
+    async def run(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], *args: *Ts) -> T:
+        """Await `function(connection, *args)` in a transaction: committed when it returns, undone when it raises.
+
+        Cancelling interrupts the running statement and undoes the transaction, unless it is being committed already.
+        """
+        async with self._turn:
+            return await self._bridge.run(self._transaction, function, args)
+
+    async def _transaction(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
+        with translated(self._path):
+            async with self._engine.connect() as connection:
+                with on_cancel((await driver_of(connection)).interrupt):
+                    try:
+                        async with connection.begin():
+                            return await function(connection, *args)
+                    except AgentRuntimeError:
+                        raise
+                    except Exception:
+                        # Nobody knows what state the connection is in. The next transaction gets a new one.
+                        await connection.invalidate()
+                        raise
