@@ -71,9 +71,7 @@ def fenced() -> ColumnElement[bool]:
 
 
 ADVANCE_PARTITION: Final = (
-    update(partitions)
-    .where(fenced(), partitions.c.sequence == bindparam("after"))
-    .values(sequence=bindparam("last"))
+    update(partitions).where(fenced(), partitions.c.sequence == bindparam("after")).values(sequence=bindparam("last"))
 )
 """Compare and set: the first statement of a batch. One row, or the batch does not follow."""
 

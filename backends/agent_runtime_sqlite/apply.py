@@ -24,6 +24,7 @@ from agent_runtime_sql.writes import (
     SEQ_MAX,
     batch_writes,
 )
+from sqlalchemy import Delete
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -111,3 +112,7 @@ async def _purge_incarnation(
         left -= await _delete(connection, DELETE_SESSION, {"incarnation": incarnation})
     await connection.execute(DELETE_PURGE, {"partition": partition, "incarnation": incarnation})
     return rows_max - left
+
+
+async def _delete(connection: AsyncConnection, statement: Delete, parameters: Mapping[str, Any]) -> int:
+    return (await connection.execute(statement, parameters)).rowcount

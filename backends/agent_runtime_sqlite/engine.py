@@ -57,9 +57,7 @@ def make_engines(settings: Settings) -> Engines:
 
 def _engine(settings: Settings, pragmas: Mapping[str, object], begin: str, *, connections: int) -> AsyncEngine:
     # mode=rw: a file that has gone is an error, not a new, empty database that anyone may read.
-    url = URL.create(
-        "sqlite+aiosqlite", database=settings.path.as_uri(), query={"uri": "true", "mode": "rw"}
-    )
+    url = URL.create("sqlite+aiosqlite", database=settings.path.as_uri(), query={"uri": "true", "mode": "rw"})
     engine = create_async_engine(
         url,
         pool_size=connections,

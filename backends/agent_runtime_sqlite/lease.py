@@ -139,6 +139,4 @@ async def _pair_journal(connection: AsyncConnection, claim: Claim, sequence: int
         sequence = row.sequence
     values = {"generation": claim.generation, "previous_generation": previous, "sequence": sequence}
     statement = upsert(journals).values(**place, **values)
-    await connection.execute(
-        statement.on_conflict_do_update(index_elements=list(journals.primary_key), set_=values)
-    )
+    await connection.execute(statement.on_conflict_do_update(index_elements=list(journals.primary_key), set_=values))

@@ -155,9 +155,7 @@ class SqliteSnapshot:
         left_s = remaining_s(row, this_process().boot_id, self._clock())
         return msgspec.convert({**row, "expires_in_s": left_s}, LeaseRow)
 
-    async def _rows(
-        self, kind: type[Item], statement: Select[Any], parameters: Mapping[str, Any]
-    ) -> list[Item]:
+    async def _rows(self, kind: type[Item], statement: Select[Any], parameters: Mapping[str, Any]) -> list[Item]:
         found = await self._connection.execute(statement, {"partition": self._partition, **parameters})
         rows: list[Item] = []
         for piece in found.partitions(_PIECE_ROWS):

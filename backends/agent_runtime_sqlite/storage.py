@@ -21,7 +21,7 @@ from .engine import Engines, make_engines
 from .errors import translated
 from .filesystem import MOUNTS, prepare_file
 from .lease import Clock, SqliteLeases, boot_clock
-from .settings import Settings, parse_settings
+from .settings import parse_settings
 from .snapshot import Readers
 from .writer import Writer
 
@@ -31,11 +31,11 @@ __all__ = ["SqliteStorage", "open_storage"]
 class SqliteStorage:
     """A SQLite file. See `agent_runtime.storage.Storage`."""
 
-    def __init__(self, bridge: AsyncioBridge, engines: Engines, settings: Settings, clock: Clock) -> None:
+    def __init__(self, engines: Engines, writer: Writer, readers: Readers, leases: SqliteLeases) -> None:
         self._engines = engines
-        self._writer = Writer(bridge, engines.writer, settings.path)
-        self._readers = Readers(bridge, engines.readers, settings.path, clock, settings.readers)
-        self._leases = SqliteLeases(self._writer, clock)
+        self._writer = writer
+        self._readers = readers
+        self._leases = leases
 
     @property
     def abilities(self) -> Abilities:
@@ -58,15 +58,6 @@ class SqliteStorage:
         pools = [cast("QueuePool", engine.sync_engine.pool) for engine in self._engines]
         return PoolFigures(size=sum(pool.size() for pool in pools), in_use=sum(pool.checkedout() for pool in pools))
 
-    async def prepare(self, path: Path) -> None:
-        """See that both kinds of connection work, and that the tables are those of this code."""
-        if not await self._bridge_is_current():
-            await self._writer.run(_migrate, f"the database {path}")
-
-
-async def _migrate(connection: AsyncConnection, name: str) -> None:
-    await connection.run_sync(migrate, name)
-
 
 @asynccontextmanager
 async def open_storage(
@@ -80,12 +71,27 @@ async def open_storage(
     a damaged file, one of another program or of a newer agent-runtime), StorageUnavailable when the file is locked.
     """
     settings = parse_settings(config)
-    await anyio.to_thread.run_sync(prepare_file, settings.path, mounts)
+    path = settings.path
+    await anyio.to_thread.run_sync(prepare_file, path, mounts)
     async with AsyncioBridge.open(name="agent-runtime-sqlite") as bridge:
         engines = make_engines(settings)
         try:
-            await bridge.run(_prepare, engines, settings)
-            yield SqliteStorage(bridge, engines, settings, clock)
+            writer = Writer(bridge, engines.writer, path)
+            if not await bridge.run(_is_current, engines, path):
+                await writer.run(_migrate, f"the database {path}")
+            readers = Readers(bridge, engines.readers, path, clock, settings.readers)
+            yield SqliteStorage(engines, writer, readers, SqliteLeases(writer, clock))
         finally:
             with anyio.CancelScope(shield=True):
                 await bridge.run(engines.dispose)
+
+
+async def _is_current(engines: Engines, path: Path) -> bool:
+    """Whether the tables are those of this code. Opens a connection of each kind, and so checks both."""
+    with translated(path):
+        async with engines.writer.connect(), engines.readers.connect() as reader:
+            return await reader.run_sync(is_current)
+
+
+async def _migrate(connection: AsyncConnection, name: str) -> None:
+    await connection.run_sync(migrate, name)

@@ -315,7 +315,7 @@ class Coalescer:
         self._changes = 0
         self._outcomes: dict[tuple[str, str], OutcomeRow] = {}
         self._rejecting: set[str] = set()
-        self._quarantined: dict[int, QuarantineRow] = {}
+        self._quarantined: list[QuarantineRow] = []
         self._discharged: list[int] = []
 
     def add(self, change: Change) -> None:
@@ -324,7 +324,7 @@ class Coalescer:
             raise ValueError(f"change {change.sequence} after {self._last}: not in the order of the log")
         self._last = change.sequence
         self._changes += 1
-        if change.resolves is not None and self._quarantined.pop(change.resolves, None) is None:
+        if change.resolves is not None:
             self._discharged.append(change.resolves)
         if change.void:
             return
@@ -342,14 +342,16 @@ class Coalescer:
         part.add(change)
 
     def _quarantine(self, change: Change, error: str | None) -> None:
-        self._quarantined[change.sequence] = QuarantineRow(
-            sequence=change.sequence,
-            session_id=change.session_id,
-            incarnation=change.incarnation,
-            state="queued" if error is None else "rejected",
-            error="waits behind an earlier change of its session" if error is None else error,
-            change=encode_change(change),
-            quarantined_at=self._now,
+        self._quarantined.append(
+            QuarantineRow(
+                sequence=change.sequence,
+                session_id=change.session_id,
+                incarnation=change.incarnation,
+                state="queued" if error is None else "rejected",
+                error="waits behind an earlier change of its session" if error is None else error,
+                change=encode_change(change),
+                quarantined_at=self._now,
+            )
         )
 
     def batch(self) -> Batch:
@@ -361,7 +363,7 @@ class Coalescer:
             _collect(incarnation, part, fields)
         fields["messages"].sort(key=_by_session)
         fields["outcomes"].extend(self._outcomes.values())
-        fields["quarantined"].extend(self._quarantined.values())
+        fields["quarantined"].extend(self._quarantined)
         fields["discharged"].extend(self._discharged)
         return Batch(
             after=self._after,

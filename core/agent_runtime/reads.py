@@ -228,7 +228,9 @@ class Reads:
                     continue
                 if span.more and not resident.lead_known:
                     lead = leading_message(await self._first(snapshot, resident))
+                    before = resident.bytes
                     resident.learn_lead(None if lead is None else Raw(msgspec.json.encode(lead)))
+                    self._door.residents.resize(resident, before)
                     await span.read_older(1)
                 self._check(resident)
                 history = self._history(resident, span.visible(), limit, at_start=not span.more)
