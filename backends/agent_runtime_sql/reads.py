@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
+from sqlalchemy import Column, ColumnElement, Integer, Select, and_, bindparam, exists, select, tuple_
+
 from agent_runtime.records import Order
 from agent_runtime.rows import (
     ContextRow,
@@ -19,7 +21,6 @@ from agent_runtime.rows import (
     SwitchRow,
 )
 from agent_runtime.storage import JournalRow
-from sqlalchemy import Column, ColumnElement, Select, and_, bindparam, exists, select, tuple_
 
 from .rows import columns_of
 from .tables import (
@@ -51,8 +52,8 @@ __all__ = [
     "select_sessions",
 ]
 
-_LIMIT: Final = bindparam("limit")
-_in_partition: Final = bindparam("partition")
+_LIMIT: Final = bindparam("limit", type_=Integer)
+_in_partition: Final = bindparam("partition", type_=Integer)
 _undeleted: Final = and_(sessions.c.deleted_at.is_(None), sessions.c.partition == _in_partition)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from agent_runtime.errors import StorageFatal
 from sqlalchemy import Column, Connection, MetaData, Table, Text, inspect, select
+
+from agent_runtime.errors import StorageFatal
 
 from .tables import metadata
 
@@ -38,8 +39,8 @@ def is_current(connection: Connection) -> bool:
 def migrate(connection: Connection, name: str) -> None:
     """Bring the database to HEAD, inside the transaction that `connection` is in, which excludes other writers.
 
-    `name` is the database's in messages. Raises StorageFatal when the database is newer than this code, or holds a table
-    of someone else under a name of ours.
+    `name` is the database's in messages. Raises StorageFatal when the database is newer than this code, or holds
+    someone else's table under a name of ours.
     """
     stored = _stored_version(connection)
     if stored == HEAD:  # by another process, while this one waited for its transaction
@@ -48,7 +49,8 @@ def migrate(connection: Connection, name: str) -> None:
         taken = sorted(metadata.tables.keys() & set(inspect(connection).get_table_names()))
         if taken:
             raise StorageFatal(
-                f"{name} holds a table {taken[0]!r} that is not agent-runtime's: give agent-runtime a database of its own"
+                f"{name} holds a table {taken[0]!r} that is not agent-runtime's: "
+                "give agent-runtime a database of its own"
             )
 
     from alembic import command

@@ -4,8 +4,8 @@ They are made and changed by the migrations only; a test compares the two.
 
 - `sessions` carry the tombstone: a session with `deleted_at` is seen by nobody; its id is free for another one.
 - `contexts`, `messages`, `switches`, `documents` belong to a session by its incarnation, and by it to a partition.
-- `partitions` has the one row that every batch, every lease and every takeover updates first: writers exclude each other
-  there. `journals` keeps how far each journal has been stored.
+- `partitions` has the one row that every batch, every lease and every takeover updates first: writers exclude each
+  other there. `journals` keeps how far each journal has been stored.
 - `purges` is the list of what to delete for good: everything of an incarnation, or its messages up to `floor`.
 
 JSON values are text, never a JSON column: on SQLite a column of type JSON has numeric affinity and turns 1e2 into 100.

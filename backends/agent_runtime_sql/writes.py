@@ -1,7 +1,8 @@
 """The statements of `apply` and `purge`: built once, with bound parameters named after the columns.
 
-How a backend hands many rows to its database (executemany, arrays) is its own affair. `insert` is its dialect's insert
-construct, for the sake of ON CONFLICT.
+How a backend hands many rows to its database (executemany, arrays) is its own affair. It compiles the statements
+before it has values: SQLAlchemy, given values, keeps the names of an UPDATE's columns for itself. `insert` is the
+dialect's insert construct, for the sake of ON CONFLICT.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
+from sqlalchemy import ColumnElement, Delete, Table, Update, and_, bindparam, delete, exists, select, tuple_, update
+from sqlalchemy.sql.dml import UpdateBase
+
 from agent_runtime.changes import Details, Touch
 from agent_runtime.rows import (
     ContextRow,
@@ -20,8 +24,7 @@ from agent_runtime.rows import (
     SessionRow,
     SwitchRow,
 )
-from sqlalchemy import ColumnElement, Delete, Table, Update, bindparam, delete, exists, select, tuple_, update
-from sqlalchemy.sql.dml import UpdateBase
+from agent_runtime.storage import Fence
 
 from .tables import (
     contexts,
@@ -61,12 +64,15 @@ class Write(NamedTuple):
     exact: bool = False
 
 
-def fenced() -> ColumnElement[bool]:
-    """The partition's row, as long as it holds this fence: parameters `partition`, `epoch`, `journal_id`."""
-    return (
-        (partitions.c.partition == bindparam("partition"))
-        & (partitions.c.epoch == bindparam("epoch"))
-        & partitions.c.journal_id.is_not_distinct_from(bindparam("journal_id"))
+def fenced(fence: Fence | None = None) -> ColumnElement[bool]:
+    """The partition's row, as long as it holds this fence; without one, parameters named after its fields."""
+    partition, epoch, journal_id = (
+        bindparam(name) if fence is None else getattr(fence, name) for name in ("partition", "epoch", "journal_id")
+    )
+    return and_(
+        partitions.c.partition == partition,
+        partitions.c.epoch == epoch,
+        partitions.c.journal_id.is_not_distinct_from(journal_id),
     )
 
 
@@ -148,12 +154,11 @@ def batch_writes(insert: Insert) -> Mapping[str, tuple[Write, ...]]:
 
 
 def _limited(table: Table, key: tuple[str, ...], *conditions: Callable[[Any], ColumnElement[bool]]) -> Delete:
-    """Deletes at most `limit` rows that meet the conditions, in order of `key` (neither database has DELETE … LIMIT)."""
+    """Delete at most `limit` rows that meet the conditions; `key` tells them apart. No database has DELETE … LIMIT."""
     inner = table.alias()
     chosen = (
         select(*(inner.c[name] for name in key))
         .where(*(condition(inner.c) for condition in conditions))
-        .order_by(*(inner.c[name] for name in key))
         .limit(bindparam("limit"))
     )
     return delete(table).where(

@@ -1,4 +1,4 @@
-"""The SQLite storage, as a plugin of agent-runtime. Importing it is cheap: the database is imported when one is opened."""
+"""The SQLite storage, as a plugin of agent-runtime. Importing it is cheap: the drivers come with the first open."""
 
 from __future__ import annotations
 

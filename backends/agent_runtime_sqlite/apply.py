@@ -7,6 +7,10 @@ from datetime import datetime
 from typing import Any, Final
 
 import msgspec
+from sqlalchemy import Delete
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.errors import ChangeRejected, LeaseLost, SequenceMismatch, StorageFatal
 from agent_runtime.storage import Fence
@@ -24,9 +28,6 @@ from agent_runtime_sql.writes import (
     SEQ_MAX,
     batch_writes,
 )
-from sqlalchemy import Delete
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .errors import rejecting
 from .prepared import Prepared
@@ -71,7 +72,8 @@ async def _why_not(connection: AsyncConnection, batch: Batch, fence: Fence) -> L
 
 async def partition_row(connection: AsyncConnection, partition: int) -> Mapping[str, Any] | None:
     """The row that every writer goes by; None before the first grant."""
-    return (await connection.execute(SELECT_PARTITION, {"partition": partition})).mappings().one_or_none()
+    row = (await connection.execute(SELECT_PARTITION, {"partition": partition})).one_or_none()
+    return None if row is None else row._asdict()
 
 
 def _holds(row: Mapping[str, Any], fence: Fence) -> bool:

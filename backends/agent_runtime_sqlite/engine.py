@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import aiosqlite
-from agent_runtime.errors import StorageFatal
 from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from agent_runtime.errors import StorageFatal
 
 from .settings import Settings
 

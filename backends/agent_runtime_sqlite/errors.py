@@ -1,6 +1,6 @@
 """Every error of the driver becomes one of the core's here, and only here.
 
-    ChangeRejected       data in a batch is refused and always will be: constraints, types, sizes, encodings (in `apply`)
+    ChangeRejected       data in a batch is refused and always will be: constraints, types, sizes, encodings
     StorageFatal         corrupt, not a database, read-only, not permitted: a person must act
     StorageUnavailable   all the rest, the unknown included: locked, disk full, input or output failed
 
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from agent_runtime.errors import AgentRuntimeError, ChangeRejected, StorageFatal, StorageUnavailable
 from sqlalchemy.exc import DBAPIError
+
+from agent_runtime.errors import AgentRuntimeError, ChangeRejected, StorageFatal, StorageUnavailable
 
 __all__ = ["rejecting", "translated"]
 

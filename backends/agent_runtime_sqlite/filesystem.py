@@ -17,9 +17,10 @@ MOUNTS: Final = Path("/proc/self/mountinfo")
 
 # SQLite's locks and the shared memory of its WAL don't hold between machines.
 _NETWORK: Final = frozenset(
-    "nfs nfs4 cifs smb2 smb3 smbfs ncpfs afs ceph glusterfs lustre beegfs gpfs pvfs2 orangefs".split()
-    + "fuse.sshfs fuse.glusterfs fuse.ceph fuse.ceph-fuse fuse.s3fs fuse.s3ql fuse.goofys fuse.gcsfuse".split()
-    + "fuse.rclone fuse.blobfuse fuse.blobfuse2 fuse.juicefs fuse.davfs fuse.curlftpfs fuse.smbnetfs fuse.moosefs".split()
+    {"nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "ncpfs", "afs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs"}
+    | {"orangefs", "pvfs2", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.s3fs", "fuse.s3ql"}
+    | {"fuse.gcsfuse", "fuse.goofys", "fuse.rclone", "fuse.blobfuse", "fuse.blobfuse2", "fuse.juicefs", "fuse.davfs"}
+    | {"fuse.curlftpfs", "fuse.smbnetfs", "fuse.moosefs"}
 )
 _MAY_PASS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM})
 
@@ -46,8 +47,8 @@ def network_filesystem(path: Path, mounts: Path = MOUNTS) -> str | None:
 def prepare_file(path: Path, mounts: Path = MOUNTS) -> None:
     """See that the file is there and can be written; make it, and the directories above, if need be.
 
-    A new file is for its owner only (mode 0600), as it will hold conversations; SQLite gives its companions (-wal, -shm)
-    the same mode. Raises StorageFatal, or StorageUnavailable when waiting may help.
+    A new file is for its owner only (mode 0600), as it will hold conversations; SQLite gives its companions (-wal,
+    -shm) the same mode. Raises StorageFatal, or StorageUnavailable when waiting may help.
     """
     if filesystem := network_filesystem(path, mounts):
         raise StorageFatal(
@@ -58,8 +59,8 @@ def prepare_file(path: Path, mounts: Path = MOUNTS) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise StorageFatal(f"the database {path} is a directory: name a file, as in {path / 'agent_runtime.db'}")
-        # Never open and close a file that is there: closing any descriptor of a file drops the locks that this process's
-        # SQLite connections hold on it (fcntl(2)).
+        # Never open and close a file that is there: closing any descriptor of a file drops the locks that this
+        # process's SQLite connections hold on it (fcntl(2)).
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as exc:

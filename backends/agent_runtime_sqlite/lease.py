@@ -14,16 +14,17 @@ from typing import Any, Final, TypeAlias
 from uuid import uuid4
 
 import anyio
-import msgspec
+from sqlalchemy import insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from agent_runtime.errors import LeaseHeld
 from agent_runtime.process import ProcessFacts, is_dead
 from agent_runtime.storage import Claim, Fence, Grant
 from agent_runtime_sql.reads import SELECT_JOURNAL
+from agent_runtime_sql.rows import struct_of
 from agent_runtime_sql.tables import journals, partitions
 from agent_runtime_sql.writes import fenced
-from sqlalchemy import insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .apply import lost, partition_row
 from .writer import Writer
@@ -33,9 +34,8 @@ __all__ = ["Clock", "SqliteLeases", "boot_clock", "remaining_s"]
 Clock: TypeAlias = Callable[[], float]
 
 _CLOCK: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-_HOLDER_COLUMNS: Final = (
-    "holder host pid process_started pid_namespace boot_id address acquired_at expires_at duration_s".split()
-)
+_CLAIMED: Final = ("holder", "host", "pid", "process_started", "pid_namespace", "boot_id", "address", "duration_s")
+_HOLDER_COLUMNS: Final = (*_CLAIMED, "acquired_at", "expires_at")
 _ROUNDING_S: Final = 1.0
 
 
@@ -65,7 +65,8 @@ class SqliteLeases:
 
     async def acquire(self, claim: Claim) -> Grant:
         with anyio.CancelScope(shield=True):
-            return await self._writer.run(self._acquire, claim)
+            grant = await self._writer.run(self._acquire, claim)
+        return grant  # noqa: RET504 - for mypy a scope may swallow what is raised in it
 
     async def renew(self, fence: Fence, duration_s: float) -> None:
         with anyio.CancelScope(shield=True):
@@ -79,10 +80,9 @@ class SqliteLeases:
         now = self._clock()
         row = await partition_row(connection, claim.partition) or await _new_partition(connection, claim.partition)
         left_s = remaining_s(row, claim.boot_id, now)
-        if left_s is not None and left_s > 0 and not is_dead(msgspec.convert(row, ProcessFacts)):
+        if left_s is not None and left_s > 0 and not is_dead(_facts(row)):
             raise LeaseHeld(row["holder"], left_s)
         fence = Fence(partition=claim.partition, epoch=row["epoch"] + 1, journal_id=claim.journal_id)
-        held = {name: getattr(claim, name) for name in _HOLDER_COLUMNS if name not in ("acquired_at", "expires_at")}
         await connection.execute(
             update(partitions)
             .where(partitions.c.partition == claim.partition)
@@ -91,7 +91,7 @@ class SqliteLeases:
                 journal_id=fence.journal_id,
                 acquired_at=datetime.now(UTC),
                 expires_at=now + claim.duration_s,
-                **held,
+                **{name: getattr(claim, name) for name in _CLAIMED},
             )
         )
         if claim.journal_id is not None:
@@ -102,19 +102,20 @@ class SqliteLeases:
         expires_at = self._clock() + duration_s
         renewed = await connection.execute(
             update(partitions)
-            .where(fenced(), partitions.c.holder.is_not(None))
-            .values(expires_at=expires_at, duration_s=duration_s),
-            msgspec.structs.asdict(fence),
+            .where(fenced(fence), partitions.c.holder.is_not(None))
+            .values(expires_at=expires_at, duration_s=duration_s)
         )
         if renewed.rowcount != 1:
             raise lost(await partition_row(connection, fence.partition))
 
 
+def _facts(row: Mapping[str, Any]) -> ProcessFacts:
+    return struct_of(ProcessFacts, [row[name] for name in ProcessFacts.__struct_fields__])
+
+
 async def _release(connection: AsyncConnection, fence: Fence) -> None:
     """The epoch stays: it never comes again."""
-    await connection.execute(
-        update(partitions).where(fenced()).values(dict.fromkeys(_HOLDER_COLUMNS)), msgspec.structs.asdict(fence)
-    )
+    await connection.execute(update(partitions).where(fenced(fence)).values(dict.fromkeys(_HOLDER_COLUMNS)))
 
 
 async def _new_partition(connection: AsyncConnection, partition: int) -> Mapping[str, Any]:

@@ -15,11 +15,12 @@ from operator import itemgetter
 from typing import Any, Final
 
 import msgspec
-from agent_runtime_sql.tables import UtcTime, fixed_time_text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import UpdateBase
+
+from agent_runtime_sql.tables import UtcTime, fixed_time_text
 
 __all__ = ["Prepared"]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from agent_runtime.errors import InvalidInput
-from agent_runtime.storage import StorageConfig
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
+
+from agent_runtime.errors import InvalidInput
+from agent_runtime.storage import StorageConfig
 
 __all__ = ["Settings", "parse_settings"]
 

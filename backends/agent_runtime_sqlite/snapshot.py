@@ -16,6 +16,9 @@ from typing import Any, Final, TypeVar, TypeVarTuple
 import aiosqlite
 import anyio
 import msgspec
+from sqlalchemy import Select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
 from agent_runtime.bridge import AsyncioBridge, on_cancel
 from agent_runtime.errors import StorageFatal
 from agent_runtime.process import this_process
@@ -45,8 +48,6 @@ from agent_runtime_sql.reads import (
 )
 from agent_runtime_sql.rows import struct_of
 from agent_runtime_sql.writes import SEQ_MAX
-from sqlalchemy import Select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .apply import partition_row
 from .engine import driver_of
@@ -152,8 +153,8 @@ class SqliteSnapshot:
         row = await self._run(partition_row, self._connection, self._partition)
         if row is None:
             return None
-        left_s = remaining_s(row, this_process().boot_id, self._clock())
-        return msgspec.convert({**row, "expires_in_s": left_s}, LeaseRow)
+        row = {**row, "expires_in_s": remaining_s(row, this_process().boot_id, self._clock())}
+        return struct_of(LeaseRow, [row[name] for name in LeaseRow.__struct_fields__])
 
     async def _rows(self, kind: type[Item], statement: Select[Any], parameters: Mapping[str, Any]) -> list[Item]:
         found = await self._connection.execute(statement, {"partition": self._partition, **parameters})
@@ -187,7 +188,7 @@ class Readers:
 
     @asynccontextmanager
     async def snapshot(self, partition: int) -> AsyncIterator[SqliteSnapshot]:
-        """Wait for a connection that is free, and fix a view. Only the wait can be cancelled, the rest takes no time."""
+        """Wait for a free connection, and fix a view. Only the wait can be cancelled; the rest takes no time."""
         async with self._free:
             with anyio.CancelScope(shield=True):
                 snapshot, connection = await self._bridge.run(self._open, partition)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import cast
 
 import anyio
+from sqlalchemy import QueuePool
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.storage import Abilities, Fence, LeaseDesk, PoolFigures, Snapshot, StorageConfig
 from agent_runtime_sql.schema import is_current, migrate
-from sqlalchemy import QueuePool
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from .apply import apply_batch, purge
 from .engine import Engines, make_engines
@@ -67,8 +68,9 @@ async def open_storage(
 
     `clock` counts the seconds of leases, `mounts` is the table of mounted filesystems.
 
-    Raises InvalidInput for the URL or an option, StorageFatal for what a person must mend (the path, a network filesystem,
-    a damaged file, one of another program or of a newer agent-runtime), StorageUnavailable when the file is locked.
+    Raises InvalidInput for the URL or an option; StorageFatal for what a person must mend (the path, a network
+    filesystem, a damaged file, one of another program or of a newer agent-runtime); StorageUnavailable when the file is
+    locked.
     """
     settings = parse_settings(config)
     path = settings.path

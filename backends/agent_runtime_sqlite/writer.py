@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import anyio
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
 from agent_runtime.bridge import AsyncioBridge, on_cancel
 from agent_runtime.errors import AgentRuntimeError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .engine import driver_of
 from .errors import translated

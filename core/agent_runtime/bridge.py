@@ -152,7 +152,7 @@ class AsyncioBridge:
         return task.result()
 
     async def _settle(self, tasks: set[asyncio.Task[Any]], hooks: set[asyncio.Task[None]]) -> None:
-        """Cancel `tasks` once; wait for them and for `hooks` as long as the grace lasts, whoever cancels us meanwhile."""
+        """Cancel `tasks` once; wait for them and for `hooks` while the grace lasts, whoever cancels us meanwhile."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._grace_s
         for task in tasks:

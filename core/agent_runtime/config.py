@@ -501,7 +501,7 @@ def _collection(text: str) -> object:
 def _file_settings(name: str, problems: list[str]) -> Iterator[_Setting]:
     """The settings that a file makes, each with its line."""
     try:
-        document = _YamlDocument(Path(name).read_bytes().decode("utf-8-sig"))
+        document = _YamlDocument(Path(name).read_bytes().decode())
         problems.extend(f"{name}:{line}: {fault}" for line, fault in document.faults)
         for section, line, node in document.items(document.root):
             if section not in _SECTIONS or not (node.tag == _NULL or isinstance(node, yaml.MappingNode)):

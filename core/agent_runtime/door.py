@@ -153,6 +153,8 @@ class Door:
         return resident
 
     async def _load(self, session_id: str) -> None:
+        """Bring a session into memory, or that there is none. Many who want the same one share a load."""
+        self.residents.missed()
         flight = self._flights.get(session_id)
         if flight is not None:
             await flight.landed.wait()
@@ -215,7 +217,7 @@ class Door:
                     raise self._closed
                 current = None if fresh else self.residents.find(session_id)
                 if isinstance(current, Unknown):
-                    await self.locate(session_id)
+                    await self._load(session_id)
                     continue
                 if request is not None:
                     outcome = self._known_outcome(scope, current, request.key)

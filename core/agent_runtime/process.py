@@ -1,8 +1,8 @@
 """Facts about a process that tell, later and from another process of the same machine, whether it is still alive.
 
-A process id alone says little: ids are used again, count anew in each container, and mean nothing after a reboot. So the
-boot, the namespace and the start of the process go with it. Elsewhere than on Linux those are unknown, and no process is
-ever said to be dead.
+A process id alone says little: ids are used again, count anew in each container, and mean nothing after a reboot. So
+the boot, the namespace and the start of the process go with it. Elsewhere than on Linux those are unknown, and no
+process is ever said to be dead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def this_process() -> ProcessFacts:
 
 
 def is_dead(facts: ProcessFacts) -> bool:
-    """Whether that process has provably ended. False means alive, or of another machine, boot or container, or unknown."""
+    """Whether that process has provably ended. If not it is alive, or of another machine, boot or container."""
     if None in (facts.boot_id, facts.pid_namespace, facts.process_started) or facts.pid <= 0:
         return False
     if (facts.host, facts.boot_id, facts.pid_namespace) != (socket.gethostname(), _boot_id(), _pid_namespace()):

@@ -323,7 +323,6 @@ class Residents:
         """The resident; None when it is known that there is no such session; UNKNOWN when it must be loaded."""
         entry: Resident | None | Unknown = self._entries.get(session_id, UNKNOWN)
         if isinstance(entry, Unknown):
-            self.misses += 1
             return entry
         self.hits += 1
         if entry is None:
@@ -332,6 +331,11 @@ class Residents:
         if entry.idle:
             self._idle.move_to_end(session_id)
         return None if entry.deleted and not entry.held else entry
+
+    def missed(self) -> None:
+        """A session was not in memory; it is about to be found there, which is then no hit."""
+        self.misses += 1
+        self.hits -= 1
 
     def admit(self, session_id: str, rows: HeadRows | None) -> None:
         """What was loaded of a session that was unknown."""
