@@ -17,8 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from agent_runtime.config import Config, config_schema, known_keys, load_config, redact_url
+from agent_runtime.config import Config, config_schema, known_keys, redact_url
 from agent_runtime.errors import ConfigError
+from agent_runtime.sources import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 API_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,8 @@
 """The reference storage: a database in memory, in plain dicts. Stored batches survive nothing, not even the process.
 
 The URL is `memory:`, without options; each open of it is a fresh database. To open one database several times, make a
-`MemoryDatabase` and hand its plugin to the runtime: `open_runtime("memory:", plugins=[MemoryPlugin(database)])`.
+`MemoryDatabase` and hand in a plugin for it, under a scheme of its own:
+`open_runtime("shared:", plugins=[MemoryPlugin(database, scheme="shared")])`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ def agent_runtime_storages() -> Mapping[str, StorageFactory]:
 
 
 class MemoryPlugin:
-    """A plugin whose `memory:` opens the same database each time."""
+    """A plugin whose URL, `scheme` and a colon, opens the same database each time.
 
-    def __init__(self, database: MemoryDatabase) -> None:
+    With the scheme `memory` it takes the place of the installed plugin of that name, which must be disabled then.
+    """
+
+    def __init__(self, database: MemoryDatabase, *, scheme: str = "memory") -> None:
         self._database = database
+        self._scheme = scheme
 
     @hookimpl
     def agent_runtime_storages(self) -> Mapping[str, StorageFactory]:
-        """`memory:` opens the shared database."""
-        return {"memory": self._database.open}
+        """The shared database."""
+        return {self._scheme: self._database.open}

@@ -70,10 +70,11 @@ class MemoryDatabase:
         """Open this database: a `StorageFactory`.
 
         Raises:
-            InvalidInput: the URL is not `memory:`, or there are options.
+            InvalidInput: the URL is more than a scheme, as in `memory:`, or there are options.
         """
-        if config.url != "memory:":
-            raise InvalidInput("storage.url", "the memory storage has one URL only, memory:")
+        scheme, _, rest = config.url.partition(":")
+        if rest:
+            raise InvalidInput("storage.url", f"the memory storage takes nothing behind the colon: use {scheme}:")
         for name in config.options:
             raise InvalidInput(f"storage.options.{name}", "the memory storage has no options")
         await checkpoint()

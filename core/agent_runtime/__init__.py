@@ -1,4 +1,4 @@
-"""agent-runtime keeps the state of AI agents: answered from memory, written behind in batches, honest about what is stored.
+"""agent-runtime keeps the state of AI agents: answered from memory, written behind, honest about what is stored.
 
     async with open_runtime("sqlite:///data/agent_runtime.db") as runtime:
         session = await runtime.create_session("s1", system_prompt="You are helpful.")
@@ -10,7 +10,7 @@ These are the public names; what is not here, nor in `agent_runtime.storage`, `r
 """
 
 from .blocking import BlockingRuntime, BlockingSessionHandle, open_runtime_blocking
-from .config import Config, load_config
+from .config import Config
 from .errors import (
     AgentRuntimeError,
     ConfigError,
@@ -39,6 +39,7 @@ from .quarantine import QuarantinedChange
 from .records import AgentContext, AgentSwitch, Document, Message, NewMessage, Page, Session, Watermarks
 from .runtime import Runtime, open_runtime
 from .session import SessionHandle
+from .sources import load_config
 from .status import Status
 
 __all__ = [

@@ -1,16 +1,16 @@
 """The same API for threads without an event loop.
 
-`open_runtime_blocking` runs a runtime on an event loop in a thread of its own; the calls here hand theirs over to it and
-wait, from any number of threads. Each is one line; what it does is said at its twin in `session` and `runtime`. A thread
-that runs an event loop may call them too, but blocks its loop meanwhile.
+`open_runtime_blocking` runs a runtime on an event loop in a thread of its own; the calls here hand theirs over to it
+and wait, from any number of threads. What each does is said at its twin in `session` and `runtime`. A thread that runs
+an event loop may call them too, but blocks its loop meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from msgspec import UNSET, UnsetType
@@ -34,39 +34,61 @@ from .runtime import Runtime, open_runtime
 from .session import PAGE_ITEMS_MAX, SessionHandle
 from .status import Status
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 __all__ = ["BlockingQuarantine", "BlockingRuntime", "BlockingSessionHandle", "open_runtime_blocking"]
 
 
-class BlockingSessionHandle:
+class _Caller:
+    """Calls on the runtime's event loop, waited for."""
+
+    __slots__ = ("_portal",)
+
+    def __init__(self, portal: BlockingPortal) -> None:
+        self._portal = portal
+
+    def _call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._portal.call(partial(function, *args, **kwargs))
+
+
+class BlockingSessionHandle(_Caller):
     """`SessionHandle` for threads."""
 
-    __slots__ = ("_portal", "_session", "incarnation", "session_id")
+    __slots__ = ("_session", "incarnation", "session_id")
 
     def __init__(self, session: SessionHandle, portal: BlockingPortal) -> None:
         self.session_id = session.session_id
         self.incarnation = session.incarnation
         self._session = session
-        self._portal = portal
+        super().__init__(portal)
 
     def __repr__(self) -> str:
         return f"<BlockingSessionHandle {self.session_id!r}>"
 
     def record(self) -> Session:
-        return self._portal.call(self._session.record)
+        return self._call(self._session.record)
 
     def update(
         self,
         *,
-        title: str | None | UnsetType = UNSET,
-        description: str | None | UnsetType = UNSET,
-        metadata: Mapping[str, Any] | None | UnsetType = UNSET,
+        title: str | UnsetType | None = UNSET,
+        description: str | UnsetType | None = UNSET,
+        metadata: Mapping[str, Any] | UnsetType | None = UNSET,
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> Session:
-        return self._portal.call(partial(self._session.update, title=title, description=description, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.update,
+            title=title,
+            description=description,
+            metadata=metadata,
+            durability=durability,
+            idempotency_key=idempotency_key,
+        )
 
     def delete(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
-        self._portal.call(partial(self._session.delete, durability=durability, idempotency_key=idempotency_key))
+        self._call(self._session.delete, durability=durability, idempotency_key=idempotency_key)
 
     def append(
         self,
@@ -81,7 +103,18 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> Message:
-        return self._portal.call(partial(self._session.append, role, content, name=name, tool_calls=tool_calls, tool_call_id=tool_call_id, token_count=token_count, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.append,
+            role,
+            content,
+            name=name,
+            tool_calls=tool_calls,
+            tool_call_id=tool_call_id,
+            token_count=token_count,
+            metadata=metadata,
+            durability=durability,
+            idempotency_key=idempotency_key,
+        )
 
     def append_many(
         self,
@@ -90,7 +123,7 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> list[Message]:
-        return self._portal.call(partial(self._session.append_many, messages, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(self._session.append_many, messages, durability=durability, idempotency_key=idempotency_key)
 
     def append_tool_result(
         self,
@@ -101,21 +134,26 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> Message:
-        return self._portal.call(partial(self._session.append_tool_result, call_id, tool_name, result, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.append_tool_result,
+            call_id,
+            tool_name,
+            result,
+            durability=durability,
+            idempotency_key=idempotency_key,
+        )
 
-    def pop(
-        self, *, durability: Durability | None = None, idempotency_key: str | None = None
-    ) -> Message | None:
-        return self._portal.call(partial(self._session.pop, durability=durability, idempotency_key=idempotency_key))
+    def pop(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> Message | None:
+        return self._call(self._session.pop, durability=durability, idempotency_key=idempotency_key)
 
     def clear(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
-        self._portal.call(partial(self._session.clear, durability=durability, idempotency_key=idempotency_key))
+        self._call(self._session.clear, durability=durability, idempotency_key=idempotency_key)
 
     def messages(self, *, after: int | None = None, limit: int = 100, order: Order = "asc") -> Page[Message]:
-        return self._portal.call(partial(self._session.messages, after=after, limit=limit, order=order))
+        return self._call(self._session.messages, after=after, limit=limit, order=order)
 
     def message(self, seq: int) -> Message | None:
-        return self._portal.call(self._session.message, seq)
+        return self._call(self._session.message, seq)
 
     def scan_messages(self, *, after: int | None = None) -> Iterator[Message]:
         while True:
@@ -126,13 +164,13 @@ class BlockingSessionHandle:
             after = page.next
 
     def history(self, limit: int | None = None) -> list[dict[str, Any]]:
-        return self._portal.call(self._session.history, limit)
+        return self._call(self._session.history, limit)
 
     def context(self) -> AgentContext:
-        return self._portal.call(self._session.context)
+        return self._call(self._session.context)
 
     def switches(self) -> list[AgentSwitch]:
-        return self._portal.call(self._session.switches)
+        return self._call(self._session.switches)
 
     def switch_agent(
         self,
@@ -143,7 +181,14 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> AgentContext:
-        return self._portal.call(partial(self._session.switch_agent, agent, reason=reason, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.switch_agent,
+            agent,
+            reason=reason,
+            metadata=metadata,
+            durability=durability,
+            idempotency_key=idempotency_key,
+        )
 
     def update_context(
         self,
@@ -152,7 +197,9 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> AgentContext:
-        return self._portal.call(partial(self._session.update_context, metadata=metadata, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.update_context, metadata=metadata, durability=durability, idempotency_key=idempotency_key
+        )
 
     def put_document(
         self,
@@ -164,15 +211,21 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> Document:
-        return self._portal.call(partial(self._session.put_document, collection, key, value, media_type=media_type, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.put_document,
+            collection,
+            key,
+            value,
+            media_type=media_type,
+            durability=durability,
+            idempotency_key=idempotency_key,
+        )
 
     def get_document(self, collection: str, key: str) -> Document | None:
-        return self._portal.call(self._session.get_document, collection, key)
+        return self._call(self._session.get_document, collection, key)
 
-    def list_documents(
-        self, collection: str, *, cursor: str | None = None, limit: int = 100
-    ) -> Page[Document]:
-        return self._portal.call(partial(self._session.list_documents, collection, cursor=cursor, limit=limit))
+    def list_documents(self, collection: str, *, cursor: str | None = None, limit: int = 100) -> Page[Document]:
+        return self._call(self._session.list_documents, collection, cursor=cursor, limit=limit)
 
     def delete_document(
         self,
@@ -182,34 +235,36 @@ class BlockingSessionHandle:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> bool:
-        return self._portal.call(partial(self._session.delete_document, collection, key, durability=durability, idempotency_key=idempotency_key))  # fmt: skip
+        return self._call(
+            self._session.delete_document, collection, key, durability=durability, idempotency_key=idempotency_key
+        )
 
 
-class BlockingQuarantine:
+class BlockingQuarantine(_Caller):
     """`Quarantine` for threads."""
 
     def __init__(self, quarantine: Quarantine, portal: BlockingPortal) -> None:
         self._quarantine = quarantine
-        self._portal = portal
+        super().__init__(portal)
 
     def entries(self) -> list[QuarantinedChange]:
-        return self._portal.call(self._quarantine.entries)
+        return self._call(self._quarantine.entries)
 
     def replay(self, session_id: str) -> int:
-        return self._portal.call(self._quarantine.replay, session_id)
+        return self._call(self._quarantine.replay, session_id)
 
     def drop(self, session_id: str) -> int:
-        return self._portal.call(self._quarantine.drop, session_id)
+        return self._call(self._quarantine.drop, session_id)
 
 
-class BlockingRuntime:
+class BlockingRuntime(_Caller):
     """`Runtime` for threads."""
 
     def __init__(self, runtime: Runtime, portal: BlockingPortal) -> None:
         self.config = runtime.config
         self.plugins = runtime.plugins
         self._runtime = runtime
-        self._portal = portal
+        super().__init__(portal)
 
     def create_session(
         self,
@@ -224,7 +279,20 @@ class BlockingRuntime:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> BlockingSessionHandle:
-        return self._handle(self._portal.call(partial(self._runtime.create_session, session_id, user_id=user_id, system_prompt=system_prompt, title=title, description=description, metadata=metadata, agent=agent, durability=durability, idempotency_key=idempotency_key)))  # fmt: skip
+        return self._handle(
+            self._call(
+                self._runtime.create_session,
+                session_id,
+                user_id=user_id,
+                system_prompt=system_prompt,
+                title=title,
+                description=description,
+                metadata=metadata,
+                agent=agent,
+                durability=durability,
+                idempotency_key=idempotency_key,
+            )
+        )
 
     def get_or_create_session(
         self,
@@ -239,15 +307,28 @@ class BlockingRuntime:
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> BlockingSessionHandle:
-        return self._handle(self._portal.call(partial(self._runtime.get_or_create_session, session_id, user_id=user_id, system_prompt=system_prompt, title=title, description=description, metadata=metadata, agent=agent, durability=durability, idempotency_key=idempotency_key)))  # fmt: skip
+        return self._handle(
+            self._call(
+                self._runtime.get_or_create_session,
+                session_id,
+                user_id=user_id,
+                system_prompt=system_prompt,
+                title=title,
+                description=description,
+                metadata=metadata,
+                agent=agent,
+                durability=durability,
+                idempotency_key=idempotency_key,
+            )
+        )
 
     def get_session(self, session_id: str) -> BlockingSessionHandle:
-        return self._handle(self._portal.call(self._runtime.get_session, session_id))
+        return self._handle(self._call(self._runtime.get_session, session_id))
 
     def list_sessions(
         self, *, user_id: str | None = None, limit: int = 50, cursor: str | None = None, order: Order = "desc"
     ) -> Page[Session]:
-        return self._portal.call(partial(self._runtime.list_sessions, user_id=user_id, limit=limit, cursor=cursor, order=order))  # fmt: skip
+        return self._call(self._runtime.list_sessions, user_id=user_id, limit=limit, cursor=cursor, order=order)
 
     def scan_sessions(self, *, user_id: str | None = None, order: Order = "asc") -> Iterator[Session]:
         cursor = None
@@ -263,7 +344,7 @@ class BlockingRuntime:
         return self._portal.call(lambda: self._runtime.watermarks)
 
     def flush(self) -> None:
-        self._portal.call(self._runtime.flush)
+        self._call(self._runtime.flush)
 
     def status(self) -> Status:
         return self._portal.call(self._runtime.status)

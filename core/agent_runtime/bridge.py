@@ -64,7 +64,7 @@ def on_cancel(hook: CancelHook) -> Iterator[None]:
         hooks.remove(hook)
 
 
-class _Carried(Exception):  # noqa: N818 - never seen as an error
+class _Carried(Exception):
     """Carries an exception that would end the asyncio loop (SystemExit, KeyboardInterrupt) past it."""
 
     def __init__(self, exception: BaseException) -> None:

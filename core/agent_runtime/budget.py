@@ -1,7 +1,7 @@
 """The budget for unstored changes: bytes that may be acknowledged before the database has them.
 
-Guarantees: no more than `bytes_max` are in use (but for the few bytes by which a change may grow while it waits); room is
-given in the order it was asked for; who waits too long, or is cancelled, has taken nothing.
+Guarantees: no more than `bytes_max` are in use (but for the few bytes by which a change may grow while it waits); room
+is given in the order it was asked for; who waits too long, or is cancelled, has taken nothing.
 """
 
 from __future__ import annotations

@@ -111,7 +111,10 @@ class Touch(msgspec.Struct, frozen=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What a stored batch reports: the changes with sequences above `after`, up to `last`. `duration_s` is the time of the successful attempt, the `attempt`-th."""
+    """What a stored batch reports: the changes with sequences above `after`, up to `last`.
+
+    `duration_s` is the time of the successful attempt, the `attempt`-th.
+    """
 
     after: int
     last: int
@@ -218,10 +221,7 @@ def _raw(text: str | None) -> Raw:
 
 def encoded_message(row: MessageRow) -> bytes:
     """The encoded message of a row: what `message_row` was given."""
-    if row.parts is not None:
-        content = Raw(row.parts.encode())
-    else:
-        content = Raw(msgspec.json.encode(row.content))
+    content = Raw(row.parts.encode() if row.parts is not None else msgspec.json.encode(row.content))
     return msgspec.json.encode(
         EncodedMessage(
             seq=row.seq,

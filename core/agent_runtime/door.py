@@ -1,9 +1,9 @@
 """The door: every call on a session comes in here, and every change is acknowledged here.
 
-A write may wait at the door (for a head that is not in memory, for room in the budget). Then it commits in one synchronous
-step: plan the change from the session's state, take its sequence, show it in memory, hand it to the scheduler. There is
-no lock, no await and no task in that step, so it is whole or has not happened, whatever is cancelled. After it the change
-stands; waiting for a higher level may fail, the change does not.
+A write may wait at the door (for a head that is not in memory, for room in the budget). Then it commits in one
+synchronous step: plan the change from the session's state, take its sequence, show it in memory, hand it to the
+scheduler. There is no lock, no await and no task in that step, so it is whole or has not happened, whatever is
+cancelled. After it the change stands; waiting for a higher level may fail, the change does not.
 
 Guarantees: a failure or cancellation before the commit changes nothing; one load at a time for a session, whose failure
 all who wait for it share; no history is loaded to write.
@@ -121,9 +121,12 @@ class Door:
         """The level that a call waits for."""
         level = durability or self._durability
         if level in ("buffered", "stored"):
-            return cast(Durability, level)
+            return cast("Durability", level)
         if level in ("journaled", "synced"):
-            raise InvalidInput("durability", f"{level!r} needs the journal, which this version does not have: use 'buffered' or 'stored'")
+            raise InvalidInput(
+                "durability",
+                f"{level!r} needs the journal, which this version does not have: use 'buffered' or 'stored'",
+            )
         raise InvalidInput("durability", f"{level!r} is not a level: use 'buffered' or 'stored'")
 
     # Finding sessions
@@ -181,7 +184,9 @@ class Door:
         try:
             async with self.storage.snapshot() as snapshot:
                 if snapshot.watermark < start:
-                    raise StorageUnavailable(f"the database answers from {snapshot.watermark}, {start} is stored already")
+                    raise StorageUnavailable(
+                        f"the database answers from {snapshot.watermark}, {start} is stored already"
+                    )
                 yield snapshot
         finally:
             self.residents.close_view(view)

@@ -1,5 +1,5 @@
-"""Every hook of the core. A plugin is a module or an object with functions marked `@hookimpl`, registered under an entry
-point of the group `agent_runtime`, or handed to `open_runtime(plugins=[…])`.
+"""Every hook of the core. A plugin is a module or an object with functions marked `@hookimpl`, registered under an
+entry point of the group `agent_runtime`, or handed to `open_runtime(plugins=[…])`.
 
 Hooks are synchronous and may not block: where something must be awaited, the hook returns an object that is.
 """
@@ -45,14 +45,15 @@ class HookSpecs:
 
     @hookspec
     def agent_runtime_before_append(self, session_id: str, message: NewMessage) -> NewMessage | None:
-        """Transform a message that is about to be appended (return it), leave it (None), or refuse it (raise InvalidInput).
+        """Transform a message that is about to be appended (return it), leave it (None), or refuse it (raise
+        InvalidInput).
 
         Called in the order of the plugins, each with the previous one's result; what comes out is then validated.
         """
 
     @hookspec
     def agent_runtime_batch_stored(self, receipt: Receipt) -> None:
-        """A batch is in the database. An observer that raises is named, logged, and not called again."""
+        """A batch is stored. An observer that raises is named, logged, and not called again."""
 
     @hookspec
     def agent_runtime_flush_failed(self, batch: Batch, error: Exception, attempt: int) -> None:

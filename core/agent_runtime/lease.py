@@ -1,7 +1,7 @@
 """The lease: who this process is to others, and keeping the right to write while the runtime is open.
 
-The epoch in the fence is what keeps two writers apart; time only decides when another one may try. So a lease that could
-not be renewed in time, because the database was away, is renewed when it is back, if nobody has taken it.
+The epoch in the fence is what keeps two writers apart; time only decides when another one may try. So a lease that
+could not be renewed in time, because the database was away, is renewed when it is back, if nobody has taken it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LeaseKeeper:
             try:
                 await self._desk.renew(self.grant.fence, self._duration_s)
             except LeaseLost:
-                logger.error("the lease is lost: another runtime has taken over")  # noqa: TRY400
+                logger.error("the lease is lost: another runtime has taken over")
                 raise
             except Exception as error:  # noqa: BLE001 — whatever it is, the epoch keeps us safe, and we try again
                 if not self.unreachable:

@@ -55,7 +55,9 @@ class Log:
     def advance(self, stored: int) -> None:
         """Everything up to `stored` is in the database; wake who waited for that."""
         if not self.stored <= stored <= self.accepted:
-            raise ValueError(f"the stored watermark can't move from {self.stored} to {stored} (accepted {self.accepted})")
+            raise ValueError(
+                f"the stored watermark can't move from {self.stored} to {stored} (accepted {self.accepted})"
+            )
         self.stored = stored
         while self._waiters and self._waiters[0].sequence <= stored:
             heapq.heappop(self._waiters).event.set()

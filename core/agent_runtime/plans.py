@@ -37,11 +37,11 @@ MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class NotInTail(Exception):  # noqa: N818 — a signal between a plan and its caller, never seen outside
+class NotInTail(Exception):
     """The plan needs the newest message, which is not in memory."""
 
 
-class Stale(Exception):  # noqa: N818 — likewise
+class Stale(Exception):
     """What was read for the plan may have changed since."""
 
 
@@ -61,9 +61,7 @@ class NewSession(msgspec.Struct, frozen=True, kw_only=True):
 class Planner:
     """Plans changes; `sequence` gives the sequence that the next change will have."""
 
-    def __init__(
-        self, *, sequence: Callable[[], int], identifiers: Identifiers, now: Callable[[], datetime]
-    ) -> None:
+    def __init__(self, *, sequence: Callable[[], int], identifiers: Identifiers, now: Callable[[], datetime]) -> None:
         self._sequence = sequence
         self._identifiers = identifiers
         self._now = now
@@ -82,7 +80,9 @@ class Planner:
             **(fields | parts),
         )
 
-    def _messages(self, new: Sequence[NewMessage], next_seq: int, now: datetime) -> tuple[list[Message], tuple[Raw, ...]]:
+    def _messages(
+        self, new: Sequence[NewMessage], next_seq: int, now: datetime
+    ) -> tuple[list[Message], tuple[Raw, ...]]:
         identifiers = self._identifiers
         messages = [
             Message(
@@ -149,7 +149,9 @@ class Planner:
             message_count=len(encoded),
             next_seq=len(encoded) + 1,
             birth=Birth(created_at, new.user_id),
-            details=Details(new.title if new.title is not None else _title(new.messages), new.description, new.metadata),
+            details=Details(
+                new.title if new.title is not None else _title(new.messages), new.description, new.metadata
+            ),
             context=ContextRow(
                 incarnation=incarnation,
                 current_agent=new.agent,
@@ -183,8 +185,8 @@ class Planner:
         self,
         resident: Resident,
         *,
-        title: str | None | UnsetType,
-        description: str | None | UnsetType,
+        title: str | UnsetType | None,
+        description: str | UnsetType | None,
         metadata: str | UnsetType,
     ) -> Plan[Session]:
         """Details replaced, but for those that are not given."""

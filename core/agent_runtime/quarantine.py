@@ -1,8 +1,8 @@
 """What the database refused: shown, put back into the log, or given up.
 
 A session with a change in quarantine is held: its later changes queue behind it, reads show all of them, writes are
-refused. Replaying puts the changes back at the end of the log, in order, under new sequences; the batch that stores them
-takes the old ones out of quarantine. Dropping gives up the rejected change and lets the rest through.
+refused. Replaying puts the changes back at the end of the log, in order, under new sequences; the batch that stores
+them takes the old ones out of quarantine. Dropping gives up the rejected change and lets the rest through.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Reads: what the database has, with the changes in memory laid over it.
 
 Guarantees: every read shows every change acknowledged before it began, and the state of one moment; what is wholly in
-memory is answered without an await. The overlay works like this: before the database is asked, the resident is pinned, so
-that no change is let go that the view may lack (residents.py). After the last await, in one synchronous step, the rows are
-cut to what memory does not hold (`tail_from`), and pending removals, the floor and the tail are applied as they are now.
+memory is answered without an await. The overlay works like this: before the database is asked, the resident is pinned,
+so that no change is let go that the view may lack (residents.py). After the last await, in one synchronous step, the
+rows are cut to what memory does not hold (`tail_from`), and pending removals, the floor and the tail are applied as
+they are now.
 """
 
 from __future__ import annotations
@@ -368,7 +369,9 @@ class Reads:
                         found[row.created_at, row.incarnation] = _session(row)
                     elif not dirty.deleted:
                         found[row.created_at, row.incarnation] = dirty.record()
-                self._add_born(found, user_id, after, last if more else None, limit + 1, order, nothing=more and not stored)
+                self._add_born(
+                    found, user_id, after, last if more else None, limit + 1, order, nothing=more and not stored
+                )
                 if not more or len(found) > limit:
                     break
                 chunk = await snapshot.sessions(user_id=user_id, after=last, limit=limit + 1, order=order)
@@ -426,6 +429,9 @@ def _write_cursor(session: Session) -> str:
 def _read_cursor(cursor: str) -> SessionKey:
     try:
         data = b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True)
-        return msgspec.json.decode(b'{"created_at":%b,"incarnation":%b}' % tuple(map(bytes, msgspec.json.decode(data, type=tuple[Raw, Raw]))), type=SessionKey)
+        return msgspec.json.decode(
+            b'{"created_at":%b,"incarnation":%b}' % tuple(map(bytes, msgspec.json.decode(data, type=tuple[Raw, Raw]))),
+            type=SessionKey,
+        )
     except (ValueError, msgspec.MsgspecError):
         raise InvalidInput("cursor", "is not one that a list gave: hand in `next` of the page before") from None

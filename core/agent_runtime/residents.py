@@ -319,9 +319,9 @@ class Residents:
         """The sessions with changes in quarantine."""
         return [resident for resident in self.dirty.values() if resident.held]
 
-    def find(self, session_id: str) -> Resident | None | Unknown:
+    def find(self, session_id: str) -> Resident | Unknown | None:
         """The resident; None when it is known that there is no such session; UNKNOWN when it must be loaded."""
-        entry: Resident | None | Unknown = self._entries.get(session_id, UNKNOWN)
+        entry: Resident | Unknown | None = self._entries.get(session_id, UNKNOWN)
         if isinstance(entry, Unknown):
             return entry
         self.hits += 1
@@ -410,8 +410,7 @@ class Residents:
         self.bytes -= resident.bytes
         resident.held, resident.bytes, resident.deleted = [], 0, True
         self.admit(resident.session_id, rows)
-        remade = self._entries[resident.session_id]
-        return remade
+        return self._entries[resident.session_id]
 
     def open_view(self, resident: Resident | None, stored: int) -> View:
         """A read begins. To be closed whatever happens."""
@@ -503,5 +502,3 @@ class Residents:
 
 def _order(key: SessionKey) -> tuple[datetime, str]:
     return key.created_at, key.incarnation
-
-

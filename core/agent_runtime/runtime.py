@@ -22,7 +22,7 @@ import msgspec
 from .budget import Budget
 from .config import Config
 from .door import CREATION_SCOPE, Door
-from .errors import DurabilityNotReached, LeaseLost, SessionNotFound, StorageUnavailable
+from .errors import DurabilityNotReached, LeaseLost, PluginError, SessionNotFound, StorageUnavailable
 from .identifiers import Identifiers, utc_now
 from .lease import LeaseKeeper, claim_of
 from .log import Log
@@ -31,7 +31,7 @@ from .plugins import PluginManager
 from .quarantine import Quarantine
 from .reads import Reads
 from .records import Durability, NewMessage, Order, Page, Session, Watermarks
-from .residents import Resident, Residents
+from .residents import Residents
 from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
 from .status import Status, status_of
@@ -49,7 +49,13 @@ class Runtime:
     """The sessions of one database. Made by `open_runtime`; used from the event loop that opened it."""
 
     def __init__(
-        self, config: Config, storage: Storage, grant: Grant, plugins: PluginManager, *, now: Callable[[], datetime] = utc_now
+        self,
+        config: Config,
+        storage: Storage,
+        grant: Grant,
+        plugins: PluginManager,
+        *,
+        now: Callable[[], datetime] = utc_now,
     ) -> None:
         generator = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 — names and jitter, no secrets
         write_behind = config.write_behind
@@ -62,9 +68,7 @@ class Runtime:
             timeout_s=write_behind.append_timeout_s,
             retry_after_s=max(1.0, min(write_behind.interval_s, 30.0)),
         )
-        self._residents = Residents(
-            bytes_max=config.residents.bytes_max, tail_messages=config.residents.tail_messages
-        )
+        self._residents = Residents(bytes_max=config.residents.bytes_max, tail_messages=config.residents.tail_messages)
         self._scheduler = Scheduler(
             storage,
             grant.fence,
@@ -182,7 +186,11 @@ class Runtime:
         fresh = session_id is None
         new = NewSession(session_id=check_id("session_id", session_id or self._identifiers.new()), **fields)
         route = "get_or_create_session" if exist_ok else "create_session"
-        arguments = [session_id, {name: value for name, value in fields.items() if name != "messages"}, list(new.messages)]
+        arguments = [
+            session_id,
+            {name: value for name, value in fields.items() if name != "messages"},
+            list(new.messages),
+        ]
         request = request_for(idempotency_key, route, arguments, msgspec.json.Decoder(tuple[str, str]).decode)
         try:
             found = await self._door.write(
@@ -300,8 +308,12 @@ class Runtime:
             tasks.start_soon(self._run_lease)
             try:
                 async with AsyncExitStack() as lifespans:
-                    for lifespan in self.plugins.lifespans(self):
-                        await lifespans.enter_async_context(lifespan)
+                    for plugin, lifespan in self.plugins.lifespans(self):
+                        try:
+                            await lifespans.enter_async_context(lifespan)
+                        except Exception as error:
+                            problem = f"{type(error).__name__}: {error}"
+                            raise PluginError(plugin, "agent_runtime_lifespan", problem) from error
                     yield
             except BaseException as error:  # noqa: BLE001 — kept out of the task group's exception group, raised below
                 body_error = error
@@ -366,8 +378,8 @@ async def open_runtime(
 ) -> AsyncIterator[Runtime]:
     """Open the sessions of a database: `async with open_runtime("sqlite:///data/agent_runtime.db") as runtime`.
 
-    `config` is a URL or a whole configuration. `plugins` are registered besides the installed ones. `address` is the URL
-    of the caller's server, if it has one: written into the lease, so that others find it.
+    `config` is a URL or a whole configuration. `plugins` are registered besides the installed ones. `address` is the
+    URL of the caller's server, if it has one: written into the lease, so that others find it.
 
     Raises:
         ConfigError, PluginError: nothing was opened.
@@ -385,11 +397,11 @@ async def open_runtime(
         grant = await storage.leases.acquire(claim_of(config.lease.duration_s, address))
         runtime = Runtime(config, storage, grant, manager)
         try:
-            async with runtime._serve():  # noqa: SLF001 — the two halves of one thing
+            async with runtime._serve():
                 yield runtime
         finally:
             with anyio.move_on_after(_RELEASE_TIMEOUT_S, shield=True):
-                await runtime._lease.release()  # noqa: SLF001
+                await runtime._lease.release()
 
 
 _RELEASE_TIMEOUT_S: Final = 5.0

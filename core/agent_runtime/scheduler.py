@@ -167,7 +167,7 @@ class Scheduler:
                 if self._purge_in() <= 0 and not self._stopping:
                     await self._purge()
         except LeaseLost as error:
-            logger.error("the lease is lost, %d change(s) are not stored: %s", len(self._pending), error)  # noqa: TRY400
+            logger.error("the lease is lost, %d change(s) are not stored: %s", len(self._pending), error)
             self._log.stop(error)
             self._budget.stop(error)
             raise
@@ -331,11 +331,15 @@ class Scheduler:
     async def _failed(self, batch: Batch, error: Exception, attempt: int) -> None:
         figures = self.figures
         figures.failures += 1
-        figures.last_error = f"{type(error).__name__}: {error}" if isinstance(error, StorageError) else type(error).__name__
+        figures.last_error = (
+            f"{type(error).__name__}: {error}" if isinstance(error, StorageError) else type(error).__name__
+        )
         slow = isinstance(error, (StorageFatal, ChangeRejected))
         if figures.failing_since_s is None:
             figures.failing_since_s = anyio.current_time()
-            logger.warning("the storage did not take a batch of %d change(s), trying again: %s", batch.changes, figures.last_error)
+            logger.warning(
+                "the storage did not take a batch of %d change(s), trying again: %s", batch.changes, figures.last_error
+            )
         self._observers.flush_failed(batch, error, attempt)
         ceiling = _BACKOFF_MAX_S if slow else min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** min(attempt - 1, 16))
         with anyio.CancelScope() as self._shield:

@@ -71,9 +71,7 @@ class Hooks(Protocol):
     def before_append(self, session_id: str, message: NewMessage) -> NewMessage: ...
 
 
-def request_for(
-    key: str | None, route: str, arguments: object, read_outcome: Callable[[str], T]
-) -> Request[T] | None:
+def request_for(key: str | None, route: str, arguments: object, read_outcome: Callable[[str], T]) -> Request[T] | None:
     """The request of a call, if it has an idempotency key."""
     if key is None:
         return None
@@ -83,7 +81,7 @@ def request_for(
 def check_order(order: str) -> Order:
     """The order of a list."""
     if order in ("asc", "desc"):
-        return cast(Order, order)
+        return cast("Order", order)
     raise InvalidInput("order", f"must be 'asc' or 'desc', not {order!r}")
 
 
@@ -129,9 +127,9 @@ class SessionHandle:
     async def update(
         self,
         *,
-        title: str | None | UnsetType = UNSET,
-        description: str | None | UnsetType = UNSET,
-        metadata: Mapping[str, Any] | None | UnsetType = UNSET,
+        title: str | UnsetType | None = UNSET,
+        description: str | UnsetType | None = UNSET,
+        metadata: Mapping[str, Any] | UnsetType | None = UNSET,
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> Session:
@@ -143,7 +141,9 @@ class SessionHandle:
         text = UNSET if metadata is UNSET else _object_text("metadata", metadata)
         plan = partial(self._planner.update, title=title, description=description, metadata=text)
         arguments = {
-            name: value for name, value in (("title", title), ("description", description), ("metadata", text)) if value is not UNSET
+            name: value
+            for name, value in (("title", title), ("description", description), ("metadata", text))
+            if value is not UNSET
         }
         return await self._write(plan, durability, request_for(idempotency_key, "update", arguments, _read_session))
 
@@ -236,9 +236,7 @@ class SessionHandle:
         for index, each in enumerate(new):
             check_message(f"{path}[{index}]", each)
 
-    async def pop(
-        self, *, durability: Durability | None = None, idempotency_key: str | None = None
-    ) -> Message | None:
+    async def pop(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> Message | None:
         """Remove the newest message and return it; None when there is none. Its seq is not used again."""
         request = request_for(idempotency_key, "pop", None, _read_popped)
         while True:
@@ -369,17 +367,13 @@ class SessionHandle:
         check_id("key", key)
         return await self._reads.document(self.session_id, self.incarnation, collection, key)
 
-    async def list_documents(
-        self, collection: str, *, cursor: str | None = None, limit: int = 100
-    ) -> Page[Document]:
+    async def list_documents(self, collection: str, *, cursor: str | None = None, limit: int = 100) -> Page[Document]:
         """A page of at most `limit` (1–1000) documents of a collection, in order of key, behind the key `cursor`."""
         check_id("collection", collection)
         if cursor is not None:
             check_id("cursor", cursor)
         check_limit("limit", limit, PAGE_ITEMS_MAX)
-        return await self._reads.documents(
-            self.session_id, self.incarnation, collection, cursor=cursor, limit=limit
-        )
+        return await self._reads.documents(self.session_id, self.incarnation, collection, cursor=cursor, limit=limit)
 
     async def delete_document(
         self,
@@ -422,5 +416,3 @@ class SessionHandle:
 def _object_text(path: str, value: object) -> str:
     """A JSON object as text."""
     return msgspec.json.encode(json_object(path, value)).decode()
-
-

@@ -6,13 +6,13 @@ except `LeaseDesk.renew`, which may come at any time; snapshots may be open, sev
 What a storage promises:
 
 - `apply` is one transaction. It first compares the fence and the sequence, and moves the sequence, on one row that a
-  takeover also updates (so two writers exclude each other there); then it writes the rows of the batch. When it returns,
-  the batch is as safe as `Abilities.survives` says. When it raises, either nothing of the batch is there, or (the
-  outcome of a commit being unknown) all of it.
+  takeover also updates (so two writers exclude each other there); then it writes the rows of the batch. When it
+  returns, the batch is as safe as `Abilities.survives` says. When it raises, either nothing of the batch is there, or
+  (the outcome of a commit being unknown) all of it.
 - A snapshot is one consistent view, taken when it is entered, that includes every batch whose `apply` returned before.
 - Values come back to the letter: text and bytes unchanged, times as aware UTC with microseconds.
-- Every error it raises is one of `errors.StorageUnavailable` (try again), `errors.ChangeRejected` (`apply` only: data in
-  this batch is refused and always will be), `errors.StorageFatal`, `errors.SequenceMismatch`, `errors.LeaseLost` or
+- Every error it raises is one of `errors.StorageUnavailable` (try again), `errors.ChangeRejected` (`apply` only: data
+  in this batch is refused and always will be), `errors.StorageFatal`, `errors.SequenceMismatch`, `errors.LeaseLost` or
   `errors.LeaseHeld`. Anything else is taken for StorageUnavailable. Messages never hold data of a session.
 - A cancelled call leaves no statement running and no connection lost. `apply` is called shielded; it is cancelled only
   when a stop runs out of time.
@@ -179,7 +179,9 @@ class Snapshot(Protocol):
     async def document(self, incarnation: str, collection: str, key: str) -> DocumentRow | None:
         """One document."""
 
-    async def documents(self, incarnation: str, collection: str, *, after: str = "", limit: int) -> Sequence[DocumentRow]:
+    async def documents(
+        self, incarnation: str, collection: str, *, after: str = "", limit: int
+    ) -> Sequence[DocumentRow]:
         """Documents of a collection whose key, by code points, comes after `after`, in order of key."""
 
     async def sessions(

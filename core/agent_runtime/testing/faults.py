@@ -1,7 +1,7 @@
 """Fault injection: a storage around another one, whose calls fail, wait and lie as planned.
 
-A plan is a `Faults`; it owns all state, so that tests don't meet each other's, and does the same whenever the calls come
-in the same order. It outlives the storage: hand one plan to several openings, and it goes on counting.
+A plan is a `Faults`; it owns all state, so that tests don't meet each other's, and does the same whenever the calls
+come in the same order. It outlives the storage: hand one plan to several openings, and it goes on counting.
 
     faults = Faults()
     faults.fail("apply", nth=3)                             # the third apply from now on raises, and has no effect
@@ -77,25 +77,24 @@ class Fault:
         self._stopped = True
 
     def strikes(self, call: _Call) -> bool:
-        """Whether it strikes this call; counts it."""
+        """Whether it is to strike this call, which counts as seen."""
         if self._stopped or (self._name is not None and self._name != call.name):
             return False
         if self._condition is not None and not self._condition(call):
             return False
         self._seen += 1
-        if self._nth is not None and self._seen != self._nth:
-            return False
-        self.hits += 1
-        return True
+        return self._nth is None or self._seen == self._nth
 
     async def before(self, call: _Call) -> None:
         """What happens before the call has its effect."""
         if self._before is not None:
+            self.hits += 1
             await self._before(call)
 
     def after(self, call: _Call) -> None:
         """What happens after it had its effect."""
         if self._after is not None:
+            self.hits += 1
             self._after(call)
 
 
@@ -110,7 +109,8 @@ class Gate:
         """Let every call through."""
         self._opened.set()
 
-    async def _pass(self, _call: _Call) -> None:
+    async def wait(self) -> None:
+        """What a held call does."""
         self.reached.set()
         await self._opened.wait()
 
@@ -170,7 +170,11 @@ class Faults:
     def hold(self, name: CallName | None = None, *, nth: int | None = None) -> Gate:
         """Let the call wait at a gate before it has its effect."""
         gate = Gate()
-        self._plan(Fault(name, nth, before=gate._pass))
+
+        async def before(_call: _Call) -> None:
+            await gate.wait()
+
+        self._plan(Fault(name, nth, before=before))
         return gate
 
     def reject(self, predicate: Callable[[Batch], bool]) -> Fault:
@@ -234,19 +238,19 @@ def writes_session(incarnation: str) -> Callable[[Batch], bool]:
     """For `Faults.reject`: batches that write anything of a session but rows of quarantine and outcomes."""
 
     def writes(batch: Batch) -> bool:
-        rows = (
-            *batch.created,
-            *batch.touched,
-            *batch.contexts,
-            *batch.switches,
-            *batch.messages,
-            *batch.documents,
+        with_incarnation = (
+            batch.created,
+            batch.touched,
+            batch.contexts,
+            batch.switches,
+            batch.messages,
+            batch.documents,
         )
-        keys = (*batch.edited, *batch.cleared, *batch.removed, *batch.discarded)
+        beginning_with_it = (batch.edited, batch.cleared, batch.removed, batch.discarded)
         return (
             incarnation in batch.deleted
-            or any(row.incarnation == incarnation for row in rows)
-            or any(key[0] == incarnation for key in keys)
+            or any(row.incarnation == incarnation for rows in with_incarnation for row in rows)
+            or any(row[0] == incarnation for rows in beginning_with_it for row in rows)
         )
 
     return writes
