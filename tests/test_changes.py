@@ -83,7 +83,7 @@ changes = st.builds(
     void=st.booleans(),
 )
 relaxed = settings(deadline=None)
-few = settings(deadline=None, max_examples=40)
+few = settings(deadline=None, max_examples=60)
 
 
 def perform(log: Iterable[Call]) -> tuple[World, list[Change]]:
@@ -150,7 +150,7 @@ def test_a_change_survives_on_one_line(change: Change) -> None:
 # --- coalescing -------------------------------------------------------------------------------------------------------
 
 
-@given(log=calls(), cuts=st.sets(st.integers(1, 29)))
+@given(log=calls(), cuts=st.sets(st.integers(1, 29), max_size=4))
 @few
 async def test_it_does_not_matter_where_the_log_is_cut(log: list[Call], cuts: set[int]) -> None:
     world, changes = perform(log)
@@ -199,6 +199,17 @@ def test_a_deletion_swallows_what_it_deletes(log: list[Call], start: int) -> Non
     owners = {row.incarnation for rows in owned for row in rows}
     owners |= {pair[0] for pairs in (batch.edited, batch.cleared, batch.removed, batch.discarded) for pair in pairs}
     assert owners.isdisjoint(ended)
+
+
+@given(log=calls(), start=st.integers(0, 20))
+@few
+def test_what_a_clear_takes_is_not_written(log: list[Call], start: int) -> None:
+    assume(start < len(log))
+    _, changes = perform(log)
+    batch = coalesce(changes[start:], changes[start].sequence - 1, NOON)
+    floors = dict(batch.cleared) | {row.incarnation: row.floor for row in batch.created}
+    seqs = [(row.incarnation, row.seq) for row in batch.messages] + list(batch.removed)
+    assert all(seq > floors.get(incarnation, 0) for incarnation, seq in seqs)
 
 
 @given(log=calls(), data=st.data())

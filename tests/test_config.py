@@ -123,6 +123,10 @@ SETTABLE: dict[str, tuple[object, object, object]] = {
     "residents.bytes_max": (65536, 65537, 65538),
     "residents.tail_messages": (1, 2, 3),
     "lease.duration_s": (1, 2.5, 60),
+    "http.host": ("::1", "localhost", "10.0.0.1"),
+    "http.port": (0, 1, 65535),
+    "http.body_bytes_max": (1024, 2048, 10**9),
+    "http.insecure": (True, False, True),
     "logging.level": ("DEBUG", "WARNING", "ERROR"),
     "logging.format": ("json", "text", "json"),
     "plugins.disabled": (["a"], ["b", "c"], []),
@@ -268,6 +272,7 @@ def test_a_key_whose_feature_has_not_landed_is_accepted_only_at_its_default(key:
 def test_not_landed_are_exactly_these() -> None:
     assert {key.split(".")[0] for key in NOT_LANDED} == {"journal", "lease", "retention", "http"}
     assert [key for key in NOT_LANDED if key.startswith("lease")] == ["lease.unreachable", "lease.wait"]
+    assert [key for key in NOT_LANDED if key.startswith("http")] == ["http.tokens", "http.tokens_file"]
 
 
 def test_all_faults_of_all_sources_come_at_once(tmp_path: Path) -> None:

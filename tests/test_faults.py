@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -321,25 +321,23 @@ def test_what_writes_a_message_or_creates_a_session() -> None:
 # --- committing late --------------------------------------------------------------------------------------------------
 
 
-async def test_a_late_commit_comes_before_the_next_call() -> None:
-    async def retry(writer: Writer) -> None:
-        with pytest.raises(SequenceMismatch) as caught:
+@pytest.mark.parametrize("retried", [False, True])
+async def test_a_late_commit_comes_once_before_the_next_call(retried: bool) -> None:
+    faults, seen_inside = Faults(), Faults()
+    async with faulty(seen_inside) as writer:
+        writer.storage = FaultyStorage(writer.storage, faults)
+        fault = faults.commit_late()
+        with pytest.raises(StorageUnavailable):
             await writer.apply()
-        assert caught.value.found == 2
-
-    async def look(writer: Writer) -> None:
-        assert await watermark(writer.storage) == 2
-
-    retries: list[Callable[[Writer], Awaitable[None]]] = [retry, look]
-    for next_call in retries:
-        faults = Faults()
-        async with faulty(faults) as writer:
-            fault = faults.commit_late()
-            with pytest.raises(StorageUnavailable):
+        assert not seen_inside.calls
+        if retried:
+            with pytest.raises(SequenceMismatch) as caught:
                 await writer.apply()
-            await next_call(writer)
-            assert await watermark(writer.storage) == 2
-            assert fault.hits == 1
+            assert caught.value.found == 2
+        assert await watermark(writer.storage) == 2
+        assert await watermark(writer.storage) == 2
+        assert seen_inside.count("apply") == 1 + retried
+        assert fault.hits == 1
 
 
 async def test_a_late_commit_comes_too_late_for_a_storage_that_went_on() -> None:

@@ -56,16 +56,28 @@ def acquire(
     )
     partition.stand(transaction, standing)
     if claim.journal_id is not None:
-        journal = transaction.get(partition.journals, (claim.journal_id,))
+        _pair_journal(partition, transaction, claim.journal_id, claim.generation)
+    return standing
+
+
+def _pair_journal(partition: Partition, transaction: Transaction, journal_id: str, generation: int) -> None:
+    """Write the journal's row: a new journal goes on from here, another from where it stood.
+
+    The generation before stays accepted until the first batch, however often the claim is repeated.
+    """
+    row = transaction.get(partition.journals, (journal_id,))
+    if row is None:
+        sequence = partition.standing(transaction).sequence
         row = JournalRow(
             partition=partition.number,
-            journal_id=claim.journal_id,
-            generation=claim.generation,
-            previous_generation=claim.generation if journal is None else journal.generation,
-            sequence=before.sequence if journal is None else journal.sequence,
+            journal_id=journal_id,
+            generation=generation,
+            previous_generation=generation,
+            sequence=sequence,
         )
-        transaction.put(partition.journals, (claim.journal_id,), row)
-    return standing
+    elif row.generation != generation:
+        row = replace(row, generation=generation, previous_generation=row.generation)
+    transaction.put(partition.journals, (journal_id,), row)
 
 
 def fenced(partition: Partition, transaction: Transaction, fence: Fence) -> Standing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Integer, Select, and_, bindparam, exists, select, tuple_
+from sqlalchemy import Column, ColumnElement, Integer, Select, and_, bindparam, cast, exists, select, tuple_
 
 from agent_runtime.records import Order
 from agent_runtime.rows import (
@@ -85,7 +85,8 @@ SELECT_NEWEST_OUTCOMES: Final = (
     .where(
         outcomes.c.partition == _in_partition,
         outcomes.c.scope == bindparam("scope"),
-        outcomes.c.expires_at > bindparam("now"),
+        # The cast to its own type keeps SQLite from going by the time, through the outcomes of all sessions.
+        cast(outcomes.c.expires_at, outcomes.c.expires_at.type) > bindparam("now"),
     )
     .order_by(outcomes.c.sequence.desc())
     .limit(_LIMIT)

@@ -31,27 +31,30 @@ def _stored_version(connection: Connection) -> str | None:
     return connection.scalar(select(_version.c.version_num))
 
 
-def is_current(connection: Connection) -> bool:
-    """Whether nothing is to be migrated."""
-    return _stored_version(connection) == HEAD
+def is_current(connection: Connection, name: str) -> bool:
+    """Whether nothing is to be migrated. `name` is the database's in messages.
 
-
-def migrate(connection: Connection, name: str) -> None:
-    """Bring the database to HEAD, inside the transaction that `connection` is in, which excludes other writers.
-
-    `name` is the database's in messages. Raises StorageFatal when the database is newer than this code, or holds
-    someone else's table under a name of ours.
+    Raises StorageFatal when the tables are not there, and someone else's under a name of ours are.
     """
     stored = _stored_version(connection)
-    if stored == HEAD:  # by another process, while this one waited for its transaction
-        return
     if stored is None:
-        taken = sorted(metadata.tables.keys() & set(inspect(connection).get_table_names()))
+        found = inspect(connection)
+        taken = sorted(metadata.tables.keys() & {*found.get_table_names(), *found.get_view_names()})
         if taken:
             raise StorageFatal(
                 f"{name} holds a table {taken[0]!r} that is not agent-runtime's: "
                 "give agent-runtime a database of its own"
             )
+    return stored == HEAD
+
+
+def migrate(connection: Connection, name: str) -> None:
+    """Bring the database to HEAD, inside the transaction that `connection` is in, which excludes other writers.
+
+    Raises StorageFatal as `is_current` does, and when the database is newer than this code.
+    """
+    if is_current(connection, name):  # another process did it, while this one waited for its transaction
+        return
 
     from alembic import command
     from alembic.config import Config
@@ -60,6 +63,7 @@ def migrate(connection: Connection, name: str) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    stored = _stored_version(connection)
     if stored is not None and stored not in known:
         raise StorageFatal(
             f"{name} has schema {stored}, newer than schema {HEAD} of this code: upgrade agent-runtime, "

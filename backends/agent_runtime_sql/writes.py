@@ -65,7 +65,7 @@ class Write(NamedTuple):
 
 
 def fenced(fence: Fence | None = None) -> ColumnElement[bool]:
-    """The partition's row, as long as it holds this fence; without one, parameters named after its fields."""
+    """The partition's row, as long as it is held under this fence; without one, parameters named after its fields."""
     partition, epoch, journal_id = (
         bindparam(name) if fence is None else getattr(fence, name) for name in ("partition", "epoch", "journal_id")
     )
@@ -73,6 +73,7 @@ def fenced(fence: Fence | None = None) -> ColumnElement[bool]:
         partitions.c.partition == partition,
         partitions.c.epoch == epoch,
         partitions.c.journal_id.is_not_distinct_from(journal_id),
+        partitions.c.holder.is_not(None),
     )
 
 
@@ -137,7 +138,7 @@ def batch_writes(insert: Insert) -> Mapping[str, tuple[Write, ...]]:
     touched = tuple(name for name in Touch.__struct_fields__ if name != "incarnation")
     return {
         "discharged": (Write(delete(quarantine).where(_here(quarantine, "partition", "sequence"))),),
-        "deleted": (Write(_session_update("deleted_at")), Write(noted(to_purge))),
+        "deleted": (Write(_session_update("deleted_at"), exact=True), Write(noted(to_purge))),
         "created": (Write(_inserting(insert, sessions, SessionRow, "partition")),),
         "touched": (Write(_session_update(*touched), exact=True),),
         "edited": (Write(_session_update(*Details.__struct_fields__), exact=True),),
@@ -153,39 +154,27 @@ def batch_writes(insert: Insert) -> Mapping[str, tuple[Write, ...]]:
     }
 
 
-def _limited(table: Table, key: tuple[str, ...], *conditions: Callable[[Any], ColumnElement[bool]]) -> Delete:
-    """Delete at most `limit` rows that meet the conditions; `key` tells them apart. No database has DELETE … LIMIT."""
-    inner = table.alias()
-    chosen = (
-        select(*(inner.c[name] for name in key))
-        .where(*(condition(inner.c) for condition in conditions))
-        .limit(bindparam("limit"))
-    )
+def _limited(table: Table, *conditions: ColumnElement[bool]) -> Delete:
+    """Delete at most `limit` rows that share the first column of the key and meet the conditions.
+
+    No database has DELETE … LIMIT. Only the inner query has the conditions, so that the outer one goes by the key.
+    """
+    first, *others = (column.name for column in table.primary_key)
+    chosen = select(*(table.c[name] for name in others)).where(_here(table, first), *conditions)
     return delete(table).where(
-        *(condition(table.c) for condition in conditions), tuple_(*(table.c[name] for name in key)).in_(chosen)
+        _here(table, first),
+        tuple_(*(table.c[name] for name in others)).in_(chosen.limit(bindparam("limit")).correlate(None)),
     )
 
 
-def _of_incarnation(columns: Any) -> ColumnElement[bool]:
-    clause: ColumnElement[bool] = columns.incarnation == bindparam("incarnation")
-    return clause
-
-
-DELETE_MESSAGES: Final = _limited(
-    messages, ("seq",), _of_incarnation, lambda columns: columns.seq <= bindparam("floor")
-)
+DELETE_MESSAGES: Final = _limited(messages, messages.c.seq <= bindparam("floor"))
 DELETES_OF_SESSION: Final = (
-    _limited(switches, ("number",), _of_incarnation),
-    _limited(documents, ("collection", "key"), _of_incarnation),
-    _limited(contexts, ("incarnation",), _of_incarnation),
+    _limited(switches),
+    _limited(documents),
+    delete(contexts).where(_here(contexts, "incarnation")),
 )
 """What to delete of a session besides its messages, before the session's own row."""
 
-DELETE_EXPIRED_OUTCOMES: Final = _limited(
-    outcomes,
-    ("scope", "key"),
-    lambda columns: columns.partition == bindparam("partition"),
-    lambda columns: columns.expires_at <= bindparam("now"),
-)
+DELETE_EXPIRED_OUTCOMES: Final = _limited(outcomes, outcomes.c.expires_at <= bindparam("now"))
 DELETE_SESSION: Final = delete(sessions).where(_here(sessions, "incarnation"))
 DELETE_PURGE: Final = delete(purges).where(_here(purges, "partition", "incarnation"))

@@ -58,7 +58,7 @@ async def apply_batch(connection: AsyncConnection, batch: Batch, fence: Fence, n
                 hit = await statement.run(connection, items, constants)
             if exact and hit != len(items):
                 raise ChangeRejected(
-                    f"{len(items) - hit} of {len(items)} sessions {field} are not there: deleted, or never created"
+                    f"{len(items) - hit} of {len(items)} sessions to be {field} are not there: deleted or never created"
                 )
     return batch.receipt()
 
@@ -77,7 +77,7 @@ async def partition_row(connection: AsyncConnection, partition: int) -> Mapping[
 
 
 def _holds(row: Mapping[str, Any], fence: Fence) -> bool:
-    return (row["epoch"], row["journal_id"]) == (fence.epoch, fence.journal_id)
+    return (row["epoch"], row["journal_id"]) == (fence.epoch, fence.journal_id) and row["holder"] is not None
 
 
 def lost(row: Mapping[str, Any] | None) -> LeaseLost:

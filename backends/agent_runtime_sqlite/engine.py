@@ -1,7 +1,7 @@
 """Connections: one that writes, a few that read, each configured and checked before it is used.
 
 In SQLite's write-ahead log readers and the writer don't wait for one another, as long as each has a connection of its
-own. So there are two engines on one file: `writer` with the one connection that ever writes, and `readers`.
+own. So there are two engines on one file. They connect when first used.
 
 The drivers' defaults begin no transaction before a read and a deferred one before a write, which loses updates. So the
 driver is told to leave transactions alone, and they are begun here: BEGIN IMMEDIATE to write, BEGIN to read.
@@ -9,9 +9,8 @@ driver is told to leave transactions alone, and they are begun here: BEGIN IMMED
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import aiosqlite
 from sqlalchemy import URL, Connection, event
@@ -21,9 +20,7 @@ from agent_runtime.errors import StorageFatal
 
 from .settings import Settings
 
-__all__ = ["Engines", "driver_of", "make_engines"]
-
-logger: Final = logging.getLogger(__name__)
+__all__ = ["driver_of", "plain_engine", "readers_engine", "writer_engine"]
 
 # The order counts: the timeout is for the pragmas after it.
 _WRITER: Final[Mapping[str, object]] = {
@@ -35,25 +32,19 @@ _WRITER: Final[Mapping[str, object]] = {
 _READER: Final[Mapping[str, object]] = {"journal_mode": "wal", "query_only": 1}
 
 
-class Engines(NamedTuple):
-    """Made, used and disposed of on one asyncio loop."""
-
-    writer: AsyncEngine
-    readers: AsyncEngine
-
-    async def dispose(self) -> None:
-        """Close every connection. The writer's goes last, and leaves the whole database in its one file."""
-        await self.readers.dispose()
-        await _checkpoint(self.writer)
-        await self.writer.dispose()
+def writer_engine(settings: Settings) -> AsyncEngine:
+    """The engine with the one connection that ever writes."""
+    return _engine(settings, _WRITER, "BEGIN IMMEDIATE", connections=1)
 
 
-def make_engines(settings: Settings) -> Engines:
-    """Engines that connect when first used."""
-    return Engines(
-        writer=_engine(settings, _WRITER, "BEGIN IMMEDIATE", connections=1),
-        readers=_engine(settings, _READER, "BEGIN", connections=settings.readers),
-    )
+def plain_engine(settings: Settings) -> AsyncEngine:
+    """An engine whose connection leaves the file as it is: for a look at what it holds."""
+    return _engine(settings, {}, "BEGIN", connections=1)
+
+
+def readers_engine(settings: Settings) -> AsyncEngine:
+    """The engine with the connections that read."""
+    return _engine(settings, _READER, "BEGIN", connections=settings.readers)
 
 
 def _engine(settings: Settings, pragmas: Mapping[str, object], begin: str, *, connections: int) -> AsyncEngine:
@@ -107,13 +98,3 @@ async def driver_of(connection: AsyncConnection) -> aiosqlite.Connection:
     if not isinstance(driver, aiosqlite.Connection):
         raise TypeError(f"a connection of aiosqlite was expected, not {type(driver).__name__}")
     return driver
-
-
-async def _checkpoint(writer: AsyncEngine) -> None:
-    try:
-        async with writer.connect() as connection:
-            driver = await driver_of(connection)
-            for statement in ("PRAGMA busy_timeout=0", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                await (await driver.execute(statement)).close()
-    except Exception as exc:  # noqa: BLE001 - the next one to open the file does it
-        logger.debug("the write-ahead log stays as it is: %r", exc)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 from sqlalchemy.exc import DBAPIError
@@ -65,8 +64,8 @@ def _shown(error: Exception) -> str:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Raise what goes wrong inside as StorageFatal or StorageUnavailable, naming the database. Our own errors pass."""
+def translated(name: str) -> Iterator[None]:
+    """Raise what goes wrong inside as StorageFatal or StorageUnavailable of the database `name`. Our own errors pass."""
     try:
         yield
     except AgentRuntimeError:
@@ -75,9 +74,9 @@ def translated(path: Path) -> Iterator[None]:
         error = _driver_error(exc)
         code = _code(error)
         if code in _FATAL:
-            raise StorageFatal(f"the database {path} {_FATAL[code]}: {_shown(error)}") from exc
+            raise StorageFatal(f"{name} {_FATAL[code]}: {_shown(error)}") from exc
         problem = _UNAVAILABLE.get(code, "failed") if code is not None else "failed"
-        raise StorageUnavailable(f"the database {path} {problem}: {_shown(error)}") from exc
+        raise StorageUnavailable(f"{name} {problem}: {_shown(error)}") from exc
 
 
 @contextmanager

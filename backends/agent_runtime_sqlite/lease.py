@@ -101,9 +101,7 @@ class SqliteLeases:
     async def _renew(self, connection: AsyncConnection, fence: Fence, duration_s: float) -> None:
         expires_at = self._clock() + duration_s
         renewed = await connection.execute(
-            update(partitions)
-            .where(fenced(fence), partitions.c.holder.is_not(None))
-            .values(expires_at=expires_at, duration_s=duration_s)
+            update(partitions).where(fenced(fence)).values(expires_at=expires_at, duration_s=duration_s)
         )
         if renewed.rowcount != 1:
             raise lost(await partition_row(connection, fence.partition))

@@ -25,7 +25,7 @@ from agent_runtime_sql.tables import UtcTime, fixed_time_text
 __all__ = ["Prepared"]
 
 _DIALECT: Final = sqlite.dialect()
-_PIECE_ROWS: Final = 200
+_PIECE_ROWS: Final = 100
 
 
 class Prepared:

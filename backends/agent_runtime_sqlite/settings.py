@@ -38,11 +38,12 @@ _OPTIONS: Final = {field.name: field for field in msgspec.structs.fields(Setting
 def parse_settings(config: StorageConfig) -> Settings:
     """Raises InvalidInput, naming `storage.url` or `storage.options.…`."""
     url = _parse_url(config.url)
+    path = _path(url)
     options = {
         **_known("storage.url", url.query, strict=False),
         **_known("storage.options", config.options, strict=True),
     }
-    return Settings(path=_path(url), **options)
+    return Settings(path=path, **options)
 
 
 def _parse_url(text: str) -> URL:

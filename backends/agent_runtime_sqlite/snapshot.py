@@ -10,17 +10,16 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final, TypeVar, TypeVarTuple
 
 import aiosqlite
 import anyio
 import msgspec
 from sqlalchemy import Select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_runtime.bridge import AsyncioBridge, on_cancel
-from agent_runtime.errors import StorageFatal
+from agent_runtime.bridge import on_cancel
+from agent_runtime.errors import StorageFatal, StorageUnavailable
 from agent_runtime.process import this_process
 from agent_runtime.records import Order
 from agent_runtime.rows import (
@@ -50,8 +49,8 @@ from agent_runtime_sql.rows import struct_of
 from agent_runtime_sql.writes import SEQ_MAX
 
 from .apply import partition_row
+from .database import Database
 from .engine import driver_of
-from .errors import translated
 from .lease import Clock, remaining_s
 
 __all__ = ["Readers", "SqliteSnapshot"]
@@ -64,28 +63,27 @@ _SESSION_COLUMNS: Final = len(SessionRow.__struct_fields__)
 
 
 class SqliteSnapshot:
-    """One view of the database. Each read is one call through the bridge.
+    """One view of the database. Each read is one call on the connection's loop.
 
     A read that is cancelled gives up the connection; the snapshot is of no use after it.
     """
 
     def __init__(
         self,
-        bridge: AsyncioBridge,
+        database: Database,
         connection: AsyncConnection,
         driver: aiosqlite.Connection,
-        path: Path,
         clock: Clock,
         partition: int,
         watermark: int,
     ) -> None:
-        self._bridge = bridge
+        self._database = database
         self._connection = connection
         self._driver = driver
-        self._path = path
         self._clock = clock
         self._partition = partition
         self._watermark = watermark
+        self._closed = False
 
     @property
     def watermark(self) -> int:
@@ -101,7 +99,7 @@ class SqliteSnapshot:
             return None
         session = struct_of(SessionRow, row[:_SESSION_COLUMNS])
         if row[_SESSION_COLUMNS] is None:
-            raise StorageFatal(f"the database {self._path} is damaged: the session {session_id!r} has no context")
+            raise StorageFatal(f"{self._database.name} is damaged: the session {session_id!r} has no context")
         outcomes = await self._rows(
             OutcomeRow,
             SELECT_NEWEST_OUTCOMES,
@@ -165,11 +163,18 @@ class SqliteSnapshot:
         return rows
 
     async def _run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
-        return await self._bridge.run(self._guarded, function, args)
+        if self._closed:
+            raise StorageUnavailable(f"a snapshot of {self._database.name} is used after it was closed")
+        return await self._database.run(self._interruptible, function, args)
 
-    async def _guarded(self, function: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
-        with translated(self._path), on_cancel(self._driver.interrupt):
+    async def _interruptible(self, function: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
+        with on_cancel(self._driver.interrupt):
             return await function(*args)
+
+    async def close(self) -> None:
+        """Give the connection back."""
+        self._closed = True
+        await self._database.run(self._connection.close)
 
 
 def _single(rows: Sequence[Item]) -> Item | None:
@@ -179,40 +184,30 @@ def _single(rows: Sequence[Item]) -> Item | None:
 class Readers:
     """Lends the connections that read, one a snapshot."""
 
-    def __init__(self, bridge: AsyncioBridge, engine: AsyncEngine, path: Path, clock: Clock, connections: int) -> None:
-        self._bridge = bridge
-        self._engine = engine
-        self._path = path
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
         self._clock = clock
-        self._free = anyio.Semaphore(connections, fast_acquire=True)
+        self._free = anyio.Semaphore(database.readers_max, fast_acquire=True)
 
     @asynccontextmanager
     async def snapshot(self, partition: int) -> AsyncIterator[SqliteSnapshot]:
         """Wait for a free connection, and fix a view. Only the wait can be cancelled; the rest takes no time."""
         async with self._free:
             with anyio.CancelScope(shield=True):
-                snapshot, connection = await self._bridge.run(self._open, partition)
+                snapshot = await self._database.run(self._open, partition)
             try:
                 yield snapshot
             finally:
                 with anyio.CancelScope(shield=True):
-                    await self._bridge.run(self._close, connection)
+                    await snapshot.close()
 
-    async def _open(self, partition: int) -> tuple[SqliteSnapshot, AsyncConnection]:
-        with translated(self._path):
-            connection = await self._engine.connect()
-            try:
-                driver = await driver_of(connection)
-                sequence = await connection.scalar(SELECT_SEQUENCE, {"partition": partition})
-            except BaseException:
-                await connection.invalidate()
-                await self._close(connection)
-                raise
-            snapshot = SqliteSnapshot(
-                self._bridge, connection, driver, self._path, self._clock, partition, sequence or 0
-            )
-            return snapshot, connection
-
-    async def _close(self, connection: AsyncConnection) -> None:
-        with translated(self._path):
+    async def _open(self, partition: int) -> SqliteSnapshot:
+        connection = await self._database.reader()
+        try:
+            driver = await driver_of(connection)
+            sequence = await connection.scalar(SELECT_SEQUENCE, {"partition": partition})
+        except BaseException:
+            await connection.invalidate()
             await connection.close()
+            raise
+        return SqliteSnapshot(self._database, connection, driver, self._clock, partition, sequence or 0)

@@ -6,20 +6,17 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 import anyio
-from sqlalchemy import QueuePool
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.storage import Abilities, Fence, LeaseDesk, PoolFigures, Snapshot, StorageConfig
-from agent_runtime_sql.schema import is_current, migrate
+from agent_runtime_sql.schema import migrate
 
 from .apply import apply_batch, purge
-from .engine import Engines, make_engines
-from .errors import translated
+from .database import Database
 from .filesystem import MOUNTS, prepare_file
 from .lease import Clock, SqliteLeases, boot_clock
 from .settings import parse_settings
@@ -32,11 +29,11 @@ __all__ = ["SqliteStorage", "open_storage"]
 class SqliteStorage:
     """A SQLite file. See `agent_runtime.storage.Storage`."""
 
-    def __init__(self, engines: Engines, writer: Writer, readers: Readers, leases: SqliteLeases) -> None:
-        self._engines = engines
+    def __init__(self, database: Database, writer: Writer, clock: Clock) -> None:
+        self._database = database
         self._writer = writer
-        self._readers = readers
-        self._leases = leases
+        self._readers = Readers(database, clock)
+        self._leases = SqliteLeases(writer, clock)
 
     @property
     def abilities(self) -> Abilities:
@@ -56,8 +53,7 @@ class SqliteStorage:
         return await self._writer.run(purge, fence, now, rows_max)
 
     def figures(self) -> PoolFigures:
-        pools = [cast("QueuePool", engine.sync_engine.pool) for engine in self._engines]
-        return PoolFigures(size=sum(pool.size() for pool in pools), in_use=sum(pool.checkedout() for pool in pools))
+        return self._database.figures()
 
 
 @asynccontextmanager
@@ -73,26 +69,17 @@ async def open_storage(
     locked.
     """
     settings = parse_settings(config)
-    path = settings.path
-    await anyio.to_thread.run_sync(prepare_file, path, mounts)
+    await anyio.to_thread.run_sync(prepare_file, settings.path, mounts)
     async with AsyncioBridge.open(name="agent-runtime-sqlite") as bridge:
-        engines = make_engines(settings)
+        database = Database(bridge, settings)
         try:
-            writer = Writer(bridge, engines.writer, path)
-            if not await bridge.run(_is_current, engines, path):
-                await writer.run(_migrate, f"the database {path}")
-            readers = Readers(bridge, engines.readers, path, clock, settings.readers)
-            yield SqliteStorage(engines, writer, readers, SqliteLeases(writer, clock))
+            writer = Writer(database)
+            if not await database.run(database.is_current):
+                await writer.run(_migrate, database.name)
+            yield SqliteStorage(database, writer, clock)
         finally:
             with anyio.CancelScope(shield=True):
-                await bridge.run(engines.dispose)
-
-
-async def _is_current(engines: Engines, path: Path) -> bool:
-    """Whether the tables are those of this code. Opens a connection of each kind, and so checks both."""
-    with translated(path):
-        async with engines.writer.connect(), engines.readers.connect() as reader:
-            return await reader.run_sync(is_current)
+                await database.close()
 
 
 async def _migrate(connection: AsyncConnection, name: str) -> None:

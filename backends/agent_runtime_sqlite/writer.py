@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import anyio
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from agent_runtime.bridge import AsyncioBridge, on_cancel
+from agent_runtime.bridge import on_cancel
 from agent_runtime.errors import AgentRuntimeError
 
+from .database import Database
 from .engine import driver_of
-from .errors import translated
 
 __all__ = ["Writer"]
 
@@ -24,10 +23,8 @@ Ts = TypeVarTuple("Ts")
 class Writer:
     """Runs functions in transactions that exclude every other writer of the file."""
 
-    def __init__(self, bridge: AsyncioBridge, engine: AsyncEngine, path: Path) -> None:
-        self._bridge = bridge
-        self._engine = engine
-        self._path = path
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._turn = anyio.Lock(fast_acquire=True)
 
     async def run(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], *args: *Ts) -> T:
@@ -36,18 +33,17 @@ class Writer:
         Cancelling interrupts the running statement and undoes the transaction, unless it is being committed already.
         """
         async with self._turn:
-            return await self._bridge.run(self._transaction, function, args)
+            return await self._database.run(self._transaction, function, args)
 
     async def _transaction(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
-        with translated(self._path):
-            async with self._engine.connect() as connection:
-                with on_cancel((await driver_of(connection)).interrupt):
-                    try:
-                        async with connection.begin():
-                            return await function(connection, *args)
-                    except AgentRuntimeError:
-                        raise
-                    except Exception:
-                        # Nobody knows what state the connection is in. The next transaction gets a new one.
-                        await connection.invalidate()
-                        raise
+        async with self._database.writer() as connection:
+            with on_cancel((await driver_of(connection)).interrupt):
+                try:
+                    async with connection.begin():
+                        return await function(connection, *args)
+                except AgentRuntimeError:
+                    raise
+                except Exception:
+                    # Nobody knows what state the connection is in. The next transaction gets a new one.
+                    await connection.invalidate()
+                    raise

@@ -2,20 +2,24 @@
 
 `open_runtime_blocking` runs a runtime on an event loop in a thread of its own; the calls here hand theirs over to it
 and wait, from any number of threads. What each does is said at its twin in `session` and `runtime`. A thread that runs
-an event loop may call them too, but blocks its loop meanwhile.
+an event loop may call them too, but blocks its loop meanwhile; and trio can't wait for trio in this way.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from anyio import NoEventLoopError
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.lowlevel import current_token
 from msgspec import UNSET, UnsetType
 
 from .config import Config
+from .errors import DurabilityNotReached, InvalidInput, RuntimeClosed
 from .quarantine import Quarantine, QuarantinedChange
 from .records import (
     AgentContext,
@@ -40,28 +44,50 @@ T = TypeVar("T")
 __all__ = ["BlockingQuarantine", "BlockingRuntime", "BlockingSessionHandle", "open_runtime_blocking"]
 
 
+class _Loop:
+    """The runtime's event loop, in its thread. `stopped`: the runtime is closed, there is nobody to call."""
+
+    __slots__ = ("_portal", "stopped")
+
+    def __init__(self, portal: BlockingPortal) -> None:
+        self.stopped = False
+        self._portal = portal
+
+    @contextmanager
+    def portal(self) -> Iterator[BlockingPortal]:
+        """The way to it, for one call."""
+        try:
+            yield self._portal
+        except RuntimeError:
+            if self.stopped:
+                raise RuntimeClosed from None
+            raise
+
+
 class _Caller:
     """Calls on the runtime's event loop, waited for."""
 
-    __slots__ = ("_portal",)
+    __slots__ = ("_loop",)
 
-    def __init__(self, portal: BlockingPortal) -> None:
-        self._portal = portal
+    def __init__(self, loop: _Loop) -> None:
+        self._loop = loop
 
     def _call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._portal.call(partial(function, *args, **kwargs))
+        with self._loop.portal() as portal:
+            return portal.call(partial(function, *args, **kwargs))
 
 
 class BlockingSessionHandle(_Caller):
     """`SessionHandle` for threads."""
 
-    __slots__ = ("_session", "incarnation", "session_id")
+    __slots__ = ("_session", "created", "incarnation", "session_id")
 
-    def __init__(self, session: SessionHandle, portal: BlockingPortal) -> None:
+    def __init__(self, session: SessionHandle, loop: _Loop) -> None:
         self.session_id = session.session_id
         self.incarnation = session.incarnation
+        self.created = session.created
         self._session = session
-        super().__init__(portal)
+        super().__init__(loop)
 
     def __repr__(self) -> str:
         return f"<BlockingSessionHandle {self.session_id!r}>"
@@ -86,6 +112,15 @@ class BlockingSessionHandle(_Caller):
             durability=durability,
             idempotency_key=idempotency_key,
         )
+
+    def merge(
+        self,
+        patch: Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Session:
+        return self._call(self._session.merge, patch, durability=durability, idempotency_key=idempotency_key)
 
     def delete(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
         self._call(self._session.delete, durability=durability, idempotency_key=idempotency_key)
@@ -115,6 +150,15 @@ class BlockingSessionHandle(_Caller):
             durability=durability,
             idempotency_key=idempotency_key,
         )
+
+    def append_message(
+        self,
+        message: NewMessage | Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Message:
+        return self._call(self._session.append_message, message, durability=durability, idempotency_key=idempotency_key)
 
     def append_many(
         self,
@@ -166,6 +210,9 @@ class BlockingSessionHandle(_Caller):
     def history(self, limit: int | None = None) -> list[dict[str, Any]]:
         return self._call(self._session.history, limit)
 
+    def history_json(self, limit: int | None = None) -> bytes:
+        return self._call(self._session.history_json, limit)
+
     def context(self) -> AgentContext:
         return self._call(self._session.context)
 
@@ -200,6 +247,15 @@ class BlockingSessionHandle(_Caller):
         return self._call(
             self._session.update_context, metadata=metadata, durability=durability, idempotency_key=idempotency_key
         )
+
+    def merge_context(
+        self,
+        patch: Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> AgentContext:
+        return self._call(self._session.merge_context, patch, durability=durability, idempotency_key=idempotency_key)
 
     def put_document(
         self,
@@ -243,9 +299,9 @@ class BlockingSessionHandle(_Caller):
 class BlockingQuarantine(_Caller):
     """`Quarantine` for threads."""
 
-    def __init__(self, quarantine: Quarantine, portal: BlockingPortal) -> None:
+    def __init__(self, quarantine: Quarantine, loop: _Loop) -> None:
         self._quarantine = quarantine
-        super().__init__(portal)
+        super().__init__(loop)
 
     def entries(self) -> list[QuarantinedChange]:
         return self._call(self._quarantine.entries)
@@ -260,11 +316,11 @@ class BlockingQuarantine(_Caller):
 class BlockingRuntime(_Caller):
     """`Runtime` for threads."""
 
-    def __init__(self, runtime: Runtime, portal: BlockingPortal) -> None:
+    def __init__(self, runtime: Runtime, loop: _Loop) -> None:
         self.config = runtime.config
         self.plugins = runtime.plugins
         self._runtime = runtime
-        super().__init__(portal)
+        super().__init__(loop)
 
     def create_session(
         self,
@@ -279,19 +335,17 @@ class BlockingRuntime(_Caller):
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> BlockingSessionHandle:
-        return self._handle(
-            self._call(
-                self._runtime.create_session,
-                session_id,
-                user_id=user_id,
-                system_prompt=system_prompt,
-                title=title,
-                description=description,
-                metadata=metadata,
-                agent=agent,
-                durability=durability,
-                idempotency_key=idempotency_key,
-            )
+        return self._create(
+            self._runtime.create_session,
+            session_id,
+            user_id=user_id,
+            system_prompt=system_prompt,
+            title=title,
+            description=description,
+            metadata=metadata,
+            agent=agent,
+            durability=durability,
+            idempotency_key=idempotency_key,
         )
 
     def get_or_create_session(
@@ -307,19 +361,17 @@ class BlockingRuntime(_Caller):
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> BlockingSessionHandle:
-        return self._handle(
-            self._call(
-                self._runtime.get_or_create_session,
-                session_id,
-                user_id=user_id,
-                system_prompt=system_prompt,
-                title=title,
-                description=description,
-                metadata=metadata,
-                agent=agent,
-                durability=durability,
-                idempotency_key=idempotency_key,
-            )
+        return self._create(
+            self._runtime.get_or_create_session,
+            session_id,
+            user_id=user_id,
+            system_prompt=system_prompt,
+            title=title,
+            description=description,
+            metadata=metadata,
+            agent=agent,
+            durability=durability,
+            idempotency_key=idempotency_key,
         )
 
     def get_session(self, session_id: str) -> BlockingSessionHandle:
@@ -341,20 +393,31 @@ class BlockingRuntime(_Caller):
 
     @property
     def watermarks(self) -> Watermarks:
-        return self._portal.call(lambda: self._runtime.watermarks)
+        with self._loop.portal() as portal:
+            return portal.call(lambda: self._runtime.watermarks)
 
     def flush(self) -> None:
         self._call(self._runtime.flush)
 
     def status(self) -> Status:
-        return self._portal.call(self._runtime.status)
+        with self._loop.portal() as portal:
+            return portal.call(self._runtime.status)
 
     @property
     def quarantine(self) -> BlockingQuarantine:
-        return BlockingQuarantine(self._runtime.quarantine, self._portal)
+        return BlockingQuarantine(self._runtime.quarantine, self._loop)
+
+    def _create(
+        self, function: Callable[P, Awaitable[SessionHandle]], *args: P.args, **kwargs: P.kwargs
+    ) -> BlockingSessionHandle:
+        try:
+            return self._handle(self._call(function, *args, **kwargs))
+        except DurabilityNotReached as error:
+            error.outcome = self._handle(error.outcome)
+            raise
 
     def _handle(self, session: SessionHandle) -> BlockingSessionHandle:
-        return BlockingSessionHandle(session, self._portal)
+        return BlockingSessionHandle(session, self._loop)
 
 
 @contextmanager
@@ -369,8 +432,21 @@ def open_runtime_blocking(
 
     `loop` is the kind of event loop that runs in the thread. Raises what `open_runtime` raises.
     """
-    with (
-        start_blocking_portal(loop, name="agent-runtime") as portal,
-        portal.wrap_async_context_manager(open_runtime(config, plugins=plugins, address=address)) as runtime,
-    ):
-        yield BlockingRuntime(runtime, portal)
+    if loop == "trio" and _runs_trio():
+        raise InvalidInput("loop", "this thread runs trio, which can't wait for another trio: use 'asyncio'")
+    opened = open_runtime(config, plugins=plugins, address=address)
+    with start_blocking_portal(loop, name="agent-runtime") as portal:
+        running = _Loop(portal)
+        try:
+            with portal.wrap_async_context_manager(opened) as runtime:
+                yield BlockingRuntime(runtime, running)
+        finally:
+            running.stopped = True
+
+
+def _runs_trio() -> bool:
+    """Whether this thread runs an event loop that is trio's."""
+    try:
+        return not isinstance(current_token().native_token, asyncio.AbstractEventLoop)
+    except NoEventLoopError:
+        return False

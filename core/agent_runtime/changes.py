@@ -138,7 +138,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     - `contexts`: to insert or replace; `switches`: to insert
     - `removed`: messages to delete, (incarnation, seq); `messages`: to insert, in order of (incarnation, seq)
     - `discarded`: documents to delete, (incarnation, collection, key); `documents`: to insert or replace
-    - `outcomes`, `quarantined`: to insert
+    - `outcomes`: to insert or replace (they outlive their session, until they expire); `quarantined`: to insert
 
     No row stands twice in one field.
     """

@@ -196,14 +196,14 @@ class RetentionSection(_Section):
 
 
 class HttpSection(_Section):
-    """The HTTP surface. Not in this version."""
+    """The HTTP surface."""
 
-    host: str = _later("127.0.0.1", "The address to listen on.")
-    port: int = _later(8001, "The port to listen on.")
-    body_bytes_max: int = _later(1_048_576, "Bytes that the body of a request may have.")
+    host: str = _key("127.0.0.1", "The address to listen on.", min_length=1)
+    port: int = _key(8001, "The port to listen on; 0 takes one that is free.", ge=0, le=65_535)
+    body_bytes_max: int = _key(1_048_576, "Bytes that the body of a request may have.", ge=1024)
     tokens: tuple[str, ...] = _later((), "Bearer tokens that are let in.")
     tokens_file: str | None = _later(None, "A file with a token a line.")
-    insecure: bool = _later(False, "Whether to listen beyond this machine without tokens.")
+    insecure: bool = _key(False, "Whether to listen beyond this machine without tokens.")
 
 
 class LoggingSection(_Section):

@@ -119,7 +119,7 @@ class Door:
 
     def level(self, durability: str | None) -> Durability:
         """The level that a call waits for."""
-        level = durability or self._durability
+        level = self._durability if durability is None else durability
         if level in ("buffered", "stored"):
             return cast("Durability", level)
         if level in ("journaled", "synced"):
@@ -236,6 +236,8 @@ class Door:
                 plan = decide(current)
                 change = plan.change
                 if change is None:
+                    if level == "stored" and current is not None:  # what the result tells may not be stored yet
+                        await self._wait(current.sequence, plan.result)
                     return plan.result
                 if current is not None and current.held:
                     raise SessionHeld(session_id)
@@ -252,7 +254,7 @@ class Door:
                             f"({self._budget.bytes_max}): split the call",
                         )
                     await self._budget.reserve(size)
-                    reserved = size
+                    reserved, asked = size, False
                     continue
                 reserved = 0
                 self._commit(change, current, size)

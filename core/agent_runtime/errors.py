@@ -29,8 +29,9 @@ Messages name ids, fields and counts; never the content of a session.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 __all__ = [
     "AgentRuntimeError",
@@ -66,13 +67,29 @@ class AgentRuntimeError(Exception):
 class InvalidInput(AgentRuntimeError):
     """An argument that is refused before anything happens.
 
-    `path` names the field, as in `messages[3].metadata.tags[0]`.
+    `path` names the field for people, as in `messages[3].metadata.tags[0]`, long keys cut. `keys` is the same way step
+    by step, for programs, and exact: `("messages", 3, "metadata", "tags", 0)`; by default it is read from the path.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
+    def __init__(self, path: str, problem: str, keys: Sequence[str | int] | None = None) -> None:
         super().__init__(f"{path}: {problem}")
         self.path = path
         self.problem = problem
+        self.keys = tuple(path_keys(path)) if keys is None else tuple(keys)
+
+    def below(self, path: str) -> InvalidInput:
+        """The same refusal, where the value in question lies under `path`."""
+        joined = f"{path}.{self.path}" if path and self.path else path or self.path
+        return InvalidInput(joined, self.problem, (*path_keys(path), *self.keys))
+
+
+_STEP: Final = re.compile(r'\[([0-9]+)\]|\["(.*?)"\]|([^.\[\]]+)')
+
+
+def path_keys(path: str) -> Iterator[str | int]:
+    """The steps of a path, as far as its text tells them."""
+    for index, quoted, name in _STEP.findall(path):
+        yield int(index) if index else quoted or name
 
 
 class _SessionError(AgentRuntimeError):

@@ -6,7 +6,7 @@ Hooks are synchronous and may not block: where something must be awaited, the ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +30,14 @@ hookimpl: Final = pluggy.HookimplMarker(PROJECT)
 
 class HookSpecs:
     """The signatures. An implementation may leave out arguments that it does not use."""
+
+    @hookspec
+    def agent_runtime_hookspecs(self) -> Sequence[type]:  # type: ignore[empty-body]
+        """Classes as this one, whose functions marked `@hookspec` are hooks of this plugin, for others to implement.
+
+        Called first, while plugins are loaded. Who implements a hook of a plugin that may be missing marks it with
+        `@hookimpl(optionalhook=True)`.
+        """
 
     @hookspec
     def agent_runtime_storages(self) -> Mapping[str, StorageFactory]:  # type: ignore[empty-body]
@@ -57,7 +65,7 @@ class HookSpecs:
 
     @hookspec
     def agent_runtime_flush_failed(self, batch: Batch, error: Exception, attempt: int) -> None:
-        """The `attempt`-th try to store a batch failed; it will be tried again unless the error is fatal. An observer."""
+        """The `attempt`-th try to store a batch failed; it will be tried again. An observer."""
 
     @hookspec
     def agent_runtime_change_quarantined(self, change: Change, error: Exception) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from .archive import Archive
 from .changes import Birth, Change, Details
 from .door import Plan
 from .errors import InvalidInput, SessionExists, SessionNotFound
@@ -165,6 +166,77 @@ class Planner:
         )
         return Plan(change, (new.session_id, incarnation))
 
+    def encode(self, new: NewMessage, seq: int) -> Raw:
+        """A message as a change holds it, under a seq of the caller's choice."""
+        return self._messages((new,), seq, self._now())[1][0]
+
+    def restore(
+        self, current: Resident | None, archive: Archive, messages: Sequence[Raw], next_seq: int
+    ) -> Plan[tuple[str, int]]:
+        """A session as the archive has it, but with `messages`, the first of them; its incarnation and sequence."""
+        if current is not None and not current.deleted:
+            raise Stale
+        incarnation = self._identifiers.new()
+        context = archive.context
+        title = _title(archive.messages) if archive.title is UNSET else archive.title
+        change = Change(
+            sequence=self._sequence(),
+            previous=0,
+            session_id=archive.session_id,
+            incarnation=incarnation,
+            last_activity=archive.last_activity,
+            message_count=len(messages),
+            next_seq=next_seq,
+            birth=Birth(archive.created_at, archive.user_id),
+            details=Details(title, archive.description, _text(archive.metadata)),
+            context=ContextRow(
+                incarnation=incarnation,
+                current_agent=context.current_agent,
+                switch_count=context.switch_count,
+                last_switch_at=context.last_switch_at,
+                metadata=_text(context.metadata),
+                created_at=context.created_at,
+                updated_at=context.updated_at,
+            ),
+            messages=tuple(messages),
+            switches=tuple(
+                SwitchRow(
+                    incarnation=incarnation,
+                    number=number,
+                    from_agent=switch.from_agent,
+                    to_agent=switch.to_agent,
+                    reason=switch.reason,
+                    switched_at=switch.switched_at,
+                    metadata=None if switch.metadata is None else _text(switch.metadata),
+                )
+                for number, switch in enumerate(archive.switches, 1)
+            ),
+            documents=tuple(_document_row(incarnation, document) for document in archive.documents),
+        )
+        return Plan(change, (incarnation, change.sequence))
+
+    def restore_more(
+        self,
+        current: Resident | None,
+        archive: Archive,
+        messages: Sequence[Raw],
+        next_seq: int,
+        seen: tuple[str, int],
+    ) -> Plan[tuple[str, int]]:
+        """More messages of the archive, at the end of a session that is still as `seen`: incarnation and sequence."""
+        if current is None or current.deleted or (current.incarnation, current.sequence) != seen:
+            raise Stale
+        title = _title(archive.messages) if current.title is None and archive.title is UNSET else None
+        change = self._change(
+            current,
+            last_activity=max(current.last_activity, archive.last_activity),
+            message_count=current.message_count + len(messages),
+            next_seq=next_seq,
+            details=None if title is None else current.details(title=title),
+            messages=tuple(messages),
+        )
+        return Plan(change, (current.incarnation, change.sequence))
+
     def pop(self, resident: Resident) -> Plan[Message | None]:
         """The newest message away."""
         if not resident.message_count:
@@ -267,15 +339,33 @@ def _context(resident: Resident, row: ContextRow) -> AgentContext:
     )
 
 
+def _text(value: object) -> str:
+    return _encode(value).decode()
+
+
+def _document_row(incarnation: str, document: Document) -> DocumentRow:
+    is_json = document.media_type is None
+    return DocumentRow(
+        incarnation=incarnation,
+        collection=document.collection,
+        key=document.key,
+        value=_text(document.value) if is_json else None,
+        data=None if is_json else document.value,
+        media_type=document.media_type,
+        updated_at=document.updated_at,
+    )
+
+
 def _title(messages: Sequence[NewMessage]) -> str | None:
-    """The text of the first message of a user, cut."""
+    """The text of the first message of a user that has any, cut."""
     for message in messages:
         if message.role == "user":
             content = message.content
             if isinstance(content, list):
                 texts = (part.get("text") for part in content if isinstance(part, dict))
                 content = " ".join(text for text in texts if isinstance(text, str))
-            return content[:TITLE_CHARS_MAX] if content and content.strip() else None
+            if content and content.strip():
+                return content[:TITLE_CHARS_MAX]
     return None
 
 

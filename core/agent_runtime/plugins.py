@@ -14,7 +14,7 @@ import inspect
 import logging
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from .runtime import Runtime
 
-__all__ = ["ENTRY_POINTS", "PluginInfo", "PluginManager"]
+__all__ = ["ENTRY_POINTS", "HookCall", "PluginInfo", "PluginManager", "raised"]
 
 ENTRY_POINTS: Final = "agent_runtime"
 """The group of entry points in which plugins register."""
@@ -68,9 +68,13 @@ class _Source(NamedTuple):
         way_out = f"; disable it with plugins.disabled: [{self.name}]" if self.origin != BY_HAND else ""
         return PluginError(self.name, hook, f"({self.described}) {problem}{way_out}")
 
+    def invalid(self, error: pluggy.PluginValidationError) -> PluginError:
+        # The first line of several says "Plugin …", as ours will.
+        return self.refused(None, "; ".join(str(error).splitlines()[1:]))
 
-class _Call(NamedTuple):
-    """One plugin's implementation of one hook."""
+
+class HookCall(NamedTuple):
+    """One plugin's implementation of one hook. Called with the arguments by name, it takes those that it wants."""
 
     plugin: str
     function: Callable[..., Any]
@@ -87,9 +91,9 @@ class PluginManager:
         self._disabled = frozenset(disabled)
         self._plugins = pluggy.PluginManager(PROJECT)
         self._plugins.add_hookspecs(HookSpecs)
-        self._calls: dict[str, list[_Call]] = {hook: [] for hook in vars(self._plugins.hook)}
+        self._calls: dict[str, list[HookCall]] = {}
         self._infos: list[PluginInfo] = []
-        self._appending: tuple[_Call, ...] = ()
+        self._appending: tuple[HookCall, ...] = ()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -110,12 +114,14 @@ class PluginManager:
         _refuse_namesakes(enabled)
         for source in enabled:
             self._register(source)
+        for source in enabled:
+            self._specify(source, enabled)
         # Looked at only now: a plugin may implement hooks that another one specifies.
         hooks = {source.name: self._checked_hooks(source) for source in enabled}
-        for hook, calls in self._calls.items():
-            found = getattr(self._plugins.hook, hook).get_hookimpls()
+        for hook, caller in vars(self._plugins.hook).items():
+            found = caller.get_hookimpls()
             ordered = sorted(found, key=lambda it: (it.trylast - it.tryfirst, names.index(it.plugin_name)))
-            calls.extend(_Call(it.plugin_name, it.function, it.argnames) for it in ordered)
+            self._calls[hook] = [HookCall(it.plugin_name, it.function, it.argnames) for it in ordered]
         self._appending = tuple(self._calls["agent_runtime_before_append"])
         self._infos = [
             PluginInfo(
@@ -138,10 +144,27 @@ class PluginManager:
                 raise ValueError(f"it is registered already, as {other!r}")
             self._plugins.register(plugin, source.name)
         except pluggy.PluginValidationError as error:
-            # The first line of several says "Plugin …", as ours will.
-            raise source.refused(None, "; ".join(str(error).splitlines()[1:])) from error
+            raise source.invalid(error) from error
         except (Exception, SystemExit) as error:  # a module may even exit when it is imported
             raise source.refused(None, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+    def _specify(self, source: _Source, sources: Iterable[_Source]) -> None:
+        """Add the hooks that a plugin specifies, and check the implementations of them that others brought."""
+        try:
+            for specs in self.hookspecs(source.name):
+                self._plugins.add_hookspecs(specs)
+        except pluggy.PluginValidationError as error:
+            owner = self._plugins.get_name(error.plugin)
+            raise next(each for each in sources if each.name == owner).invalid(error) from error
+        except Exception as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise source.refused("agent_runtime_hookspecs", problem) from error
+
+    def hookspecs(self, name: str) -> list[type]:
+        """The classes in which the plugin of this name specifies hooks."""
+        plugin = self._plugins.get_plugin(name)
+        found = [it for it in self._plugins.hook.agent_runtime_hookspecs.get_hookimpls() if it.plugin is plugin]
+        return [specs for it in found for specs in HookCall(name, it.function, it.argnames)({})]
 
     def _checked_hooks(self, source: _Source) -> list[str]:
         """The hooks a plugin implements. Refuses what pluggy would let pass, and then call never or to no effect."""
@@ -160,7 +183,9 @@ class PluginManager:
                     raise source.refused(caller.name, "it yields; hooks are plain functions, never wrappers")
         hooks = sorted(caller.name for caller in callers)
         unmarked = [
-            hook for hook in self._calls if hook not in hooks and inspect.isroutine(getattr(plugin, hook, None))
+            hook
+            for hook in vars(self._plugins.hook)
+            if hook not in hooks and inspect.isroutine(getattr(plugin, hook, None))
         ]
         if unmarked:
             raise source.refused(unmarked[0], "it is not marked with @hookimpl")
@@ -181,7 +206,7 @@ class PluginManager:
         hook = "agent_runtime_storages"
         factories: dict[str, StorageFactory] = {}
         owners: dict[str, str] = {}
-        for plugin, result in self._results(hook):
+        for plugin, result in self.results(hook):
             if not isinstance(result, Mapping):
                 raise PluginError(plugin, hook, f"returned {_kind(result)}, not a mapping of scheme to factory")
             for scheme, factory in result.items():
@@ -217,14 +242,14 @@ class PluginManager:
 
     def commands(self, app: typer.Typer) -> None:
         """Let every plugin add its commands."""
-        for _ in self._results("agent_runtime_commands", app=app):
+        for _ in self.results("agent_runtime_commands", app=app):
             pass
 
     def lifespans(self, runtime: Runtime) -> list[tuple[str, AbstractAsyncContextManager[object]]]:
         """What each plugin wants entered while the runtime serves, with the plugin's name."""
         hook = "agent_runtime_lifespan"
         lifespans = []
-        for plugin, result in self._results(hook, runtime=runtime):
+        for plugin, result in self.results(hook, runtime=runtime):
             if result is None:
                 continue
             if not isinstance(result, AbstractAsyncContextManager):
@@ -251,7 +276,7 @@ class PluginManager:
             except InvalidInput:
                 raise
             except Exception as error:
-                raise PluginError(call.plugin, hook, _raised(error)) from error
+                raise PluginError(call.plugin, hook, raised(error)) from error
             if isinstance(result, NewMessage):
                 message = result
             elif result is not None:
@@ -274,12 +299,21 @@ class PluginManager:
 
     # -- calling ------------------------------------------------------------------------------------------------------
 
-    def _results(self, hook: str, **arguments: object) -> Iterator[tuple[str, Any]]:
+    def calls(self, hook: str) -> Sequence[HookCall]:
+        """Every implementation of a hook, in the order in which they are called."""
+        return self._calls[hook]
+
+    def results(self, hook: str, **arguments: object) -> Iterator[tuple[str, Any]]:
+        """Call a hook, plugin by plugin: the name of each, and what it returns.
+
+        Raises:
+            PluginError: a plugin failed.
+        """
         for call in self._calls[hook]:
             try:
                 result = call(arguments)
             except Exception as error:
-                raise PluginError(call.plugin, hook, f"{_raised(error)}: {' '.join(str(error).split())}") from error
+                raise PluginError(call.plugin, hook, f"{raised(error)}: {' '.join(str(error).split())}") from error
             yield call.plugin, result
 
     def _observe(self, hook: str, **arguments: object) -> None:
@@ -289,7 +323,7 @@ class PluginManager:
             except Exception as error:  # noqa: BLE001 - whatever it is, the caller's work is done and stands
                 self._calls[hook] = [other for other in self._calls[hook] if other is not call]
                 # Without the exception's text: it may say what is in a message.
-                _log.error("plugin %r, hook %s: %s; it is not called again", call.plugin, hook, _raised(error))
+                _log.error("plugin %r, hook %s: %s; it is not called again", call.plugin, hook, raised(error))
 
 
 def _installed() -> list[_Source]:
@@ -330,7 +364,7 @@ def _kind(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
     """What was raised and where, without what it says."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     return f"{type(error).__name__} at {frame.f_code.co_filename}:{line}"

@@ -92,6 +92,7 @@ class Quarantine:
 
     async def entries(self) -> list[QuarantinedChange]:
         """All that is in quarantine, in order of sequence."""
+        self._door.check_open()
         async with self._door.view(None) as snapshot:
             return [
                 QuarantinedChange(
@@ -163,6 +164,7 @@ class Quarantine:
 
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""
+        self._door.check_open()
         resident = self._residents.find(session_id)
         if isinstance(resident, Unknown) or resident is None or not resident.held:
             raise SessionNotFound(session_id)

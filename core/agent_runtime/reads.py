@@ -12,6 +12,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ from .records import AgentSwitch, Document, Message, Order, Page, Session
 from .residents import Resident
 from .rows import DocumentRow, MessageRow, SessionRow, SwitchRow
 from .storage import SessionKey, Snapshot
+from .validation import check_id, check_time
 
 __all__ = ["Reads", "document_record", "read_message"]
 
@@ -216,11 +218,31 @@ class Reads:
     async def history(self, session_id: str, incarnation: str, limit: int | None) -> list[dict[str, Any]]:
         """The history in chat format, valid for a model; with `limit`, its newest whole tool groups."""
         resident = await self._door.resident(session_id, incarnation)
+        return await self._read_history(resident, limit, lambda history: history)
+
+    async def history_json(self, session_id: str, incarnation: str, limit: int | None) -> bytes:
+        """The history as JSON text; kept with the resident until its messages change."""
+        resident = await self._door.resident(session_id, incarnation)
+        kept = resident.chat
+        if kept is not None and kept[0] == limit:
+            return kept[1]
+
+        def encode(history: list[dict[str, Any]]) -> bytes:
+            data = msgspec.json.encode(history)
+            self._door.residents.keep_chat(resident, limit, data)
+            return data
+
+        return await self._read_history(resident, limit, encode)
+
+    async def _read_history(
+        self, resident: Resident, limit: int | None, finish: Callable[[list[dict[str, Any]]], T]
+    ) -> T:
+        """What `finish` makes of the history, in the step in which it is true, and while the resident is in memory."""
         whole = resident.tail_from <= resident.floor
         if whole or (limit is not None and resident.lead_known):
             history = self._history(resident, [], limit, at_start=whole)
             if history is not None:
-                return history
+                return finish(history)
         async with self._door.view(resident) as snapshot:
             span = _Span(snapshot, resident)
             while True:
@@ -237,7 +259,7 @@ class Reads:
                 history = self._history(resident, span.visible(), limit, at_start=not span.more)
                 if history is not None:
                     self._warm(resident, span)
-                    return history
+                    return finish(history)
 
     @staticmethod
     async def _first(snapshot: Snapshot, resident: Resident) -> Message | None:
@@ -429,9 +451,7 @@ def _write_cursor(session: Session) -> str:
 def _read_cursor(cursor: str) -> SessionKey:
     try:
         data = b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True)
-        return msgspec.json.decode(
-            b'{"created_at":%b,"incarnation":%b}' % tuple(map(bytes, msgspec.json.decode(data, type=tuple[Raw, Raw]))),
-            type=SessionKey,
-        )
-    except (ValueError, msgspec.MsgspecError):
+        created_at, incarnation = msgspec.json.decode(data, type=tuple[datetime, str])
+        return SessionKey(check_time("cursor", created_at), check_id("cursor", incarnation))
+    except (TypeError, ValueError, msgspec.MsgspecError, InvalidInput):
         raise InvalidInput("cursor", "is not one that a list gave: hand in `next` of the page before") from None

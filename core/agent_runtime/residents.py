@@ -35,6 +35,7 @@ _HEAD_BYTES: Final = 2400
 _ABSENT_BYTES: Final = 400
 _MESSAGE_BYTES: Final = 190  # what Python adds to the JSON of a message in the tail (measured, see tests/benchmarks)
 _OUTCOME_BYTES: Final = 500
+_CHAT_SHARE: Final = 16  # a history of more than this part of the whole budget is made anew each time
 
 
 class Unknown:
@@ -49,6 +50,7 @@ class Resident:
 
     __slots__ = (
         "bytes",
+        "chat",
         "context",
         "created_at",
         "deleted",
@@ -97,6 +99,7 @@ class Resident:
         self.tail_from = 0
         self.lead: Raw | None = None  # the leading message, if it lies below the tail and is known
         self.lead_known = False
+        self.chat: tuple[int | None, bytes] | None = None  # the history that was last asked for: its limit, its JSON
         self.pending: deque[Change] = deque()
         self.held: list[Change] = []
         self.outcomes: dict[str, OutcomeRow] = {}
@@ -106,7 +109,7 @@ class Resident:
         self.unborn: int | None = None  # the sequence of the creation, while a view may lack it
         self.pins = 0
         self.idle = False
-        self.bytes = _HEAD_BYTES
+        self.bytes = _HEAD_BYTES + self._details_bytes
 
     @classmethod
     def from_rows(cls, rows: HeadRows) -> Resident:
@@ -127,8 +130,13 @@ class Resident:
         resident.tail_from = session.next_seq - 1
         resident.outcomes = {row.key: row for row in reversed(rows.outcomes)}
         resident.outcomes_complete = len(rows.outcomes) < OUTCOMES_MAX
-        resident.bytes += len(session.metadata) + len(rows.context.metadata) + len(rows.outcomes) * _OUTCOME_BYTES
+        resident.bytes = _HEAD_BYTES + resident._details_bytes + len(rows.context.metadata)
+        resident.bytes += sum(map(_outcome_bytes, rows.outcomes))
         return resident
+
+    @property
+    def _details_bytes(self) -> int:
+        return len(self.title or "") + len(self.description or "") + len(self.metadata)
 
     @property
     def key(self) -> SessionKey:
@@ -171,6 +179,10 @@ class Resident:
 
     def apply(self, change: Change) -> None:
         """Take over the effect of a change."""
+        if self.chat is not None and (change.messages or change.removed or change.floor is not None):
+            self.bytes -= len(self.chat[1])
+            self.chat = None
+        next_seq = self.next_seq
         self.sequence = change.sequence
         self.last_activity = change.last_activity
         self.message_count = change.message_count
@@ -179,10 +191,11 @@ class Resident:
             self.user_id = change.birth.user_id
             self.created_at = change.birth.created_at
         if change.details is not None:
-            self.bytes += len(change.details.metadata) - len(self.metadata)
+            self.bytes -= self._details_bytes
             self.title = change.details.title
             self.description = change.details.description
             self.metadata = change.details.metadata
+            self.bytes += self._details_bytes
         if change.context is not None:
             self.bytes += len(change.context.metadata)
             if change.birth is None:
@@ -195,18 +208,20 @@ class Resident:
         for seq in change.removed:
             self._remove(seq)
         if change.messages:
-            self._extend_tail(change)
+            self._extend_tail(change, known=change.next_seq == next_seq + 1)
         if change.documents or change.discarded:
             self.documents_at = change.sequence
-        if change.outcome is not None:
-            self.bytes += _OUTCOME_BYTES
+        if change.outcome is not None and change.outcome.scope == self.incarnation:
+            self._forget_outcome(change.outcome.key)
             self.outcomes[change.outcome.key] = change.outcome
+            self.bytes += _outcome_bytes(change.outcome)
         self.deleted = change.deleted
 
-    def _extend_tail(self, change: Change) -> None:
+    def _extend_tail(self, change: Change, *, known: bool) -> None:
+        """`known`: there is one message, under the seq that was next."""
         messages = change.messages
         self.tail.extend(messages)
-        if len(messages) == 1:
+        if known:
             self.tail_seqs.append(change.next_seq - 1)
         else:
             self.tail_seqs.extend(map(_seq, messages))
@@ -264,9 +279,17 @@ class Resident:
         if len(self.outcomes) > OUTCOMES_MAX:
             unstored = {change.outcome.key for change in self.changes if change.outcome is not None}
             for key in [key for key in self.outcomes if key not in unstored][: len(self.outcomes) - OUTCOMES_MAX]:
-                del self.outcomes[key]
-                self.bytes -= _OUTCOME_BYTES
+                self._forget_outcome(key)
                 self.outcomes_complete = False
+
+    def _forget_outcome(self, key: str) -> None:
+        outcome = self.outcomes.pop(key, None)
+        if outcome is not None:
+            self.bytes -= _outcome_bytes(outcome)
+
+
+def _outcome_bytes(outcome: OutcomeRow) -> int:
+    return _OUTCOME_BYTES + len(outcome.outcome)
 
 
 class _Seq(msgspec.Struct):
@@ -424,7 +447,7 @@ class Residents:
         return view
 
     def close_view(self, view: View) -> None:
-        """A read has ended."""
+        """A read has ended. Its session stays for now, however little room there is: the reader may be about to use it."""
         view.ended = True
         while self._views and self._views[0].ended:
             self._views.popleft()
@@ -432,23 +455,29 @@ class Residents:
         if resident is not None:
             resident.pins -= 1
             self._rest(resident)
-        self._settle()
+        self._settle(keep=None if resident is None else resident.session_id)
 
     def stored(self, sequence: int, residents: Iterable[Resident]) -> None:
         """The changes up to `sequence` are in the database; `residents` are those they belong to."""
         self._settling.append((sequence, residents))
         self._settle()
 
+    def keep_chat(self, resident: Resident, limit: int | None, data: bytes) -> None:
+        """Keep the JSON of a history, as the resident has it now, unless it would crowd out the others."""
+        if len(data) * _CHAT_SHARE <= self.bytes_max:
+            before = resident.bytes
+            resident.bytes += len(data) - (0 if resident.chat is None else len(resident.chat[1]))
+            resident.chat = (limit, data)
+            self.resize(resident, before)
+            self._evict(keep=resident.session_id)
+
     def resize(self, resident: Resident, before: int) -> None:
         """The resident's size has changed since it was `before` bytes."""
         self.bytes += resident.bytes - before
 
-    def _settle(self) -> None:
-        while self._settling:
-            sequence, residents = self._settling[0]
-            if self._views and self._views[0].start < sequence:
-                return
-            self._settling.popleft()
+    def _settle(self, keep: str | None = None) -> None:
+        while self._settling and not (self._views and self._views[0].start < self._settling[0][0]):
+            sequence, residents = self._settling.popleft()
             self.settled = sequence
             for resident in residents:
                 before = resident.bytes
@@ -459,7 +488,7 @@ class Residents:
                 if not resident.pending and not resident.held:
                     self.dirty.pop(resident.incarnation, None)
                 self._rest(resident)
-        self._evict()
+        self._evict(keep)
 
     def _rest(self, resident: Resident) -> None:
         """Make the resident evictable if nothing needs it."""

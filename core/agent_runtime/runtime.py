@@ -19,24 +19,25 @@ from typing import Any, Final
 import anyio
 import msgspec
 
+from .archives import Archives
 from .budget import Budget
 from .config import Config
-from .door import CREATION_SCOPE, Door
+from .door import CREATION_SCOPE, Door, Plan
 from .errors import DurabilityNotReached, LeaseLost, PluginError, SessionNotFound, StorageUnavailable
 from .identifiers import Identifiers, utc_now
 from .lease import LeaseKeeper, claim_of
 from .log import Log
-from .plans import TITLE_CHARS_MAX, NewSession, Planner
+from .plans import MESSAGE_BYTES_MAX, TITLE_CHARS_MAX, NewSession, Planner
 from .plugins import PluginManager
 from .quarantine import Quarantine
 from .reads import Reads
 from .records import Durability, NewMessage, Order, Page, Session, Watermarks
-from .residents import Residents
+from .residents import Resident, Residents
 from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
 from .status import Status, status_of
 from .storage import Grant, Storage, StorageConfig
-from .validation import check_id, check_limit, check_message, check_name, check_text, json_object
+from .validation import check_id, check_limit, check_name, check_text, json_object
 
 __all__ = ["Runtime", "open_runtime"]
 
@@ -102,9 +103,17 @@ class Runtime:
         self._quarantine = Quarantine(
             door=self._door, log=self._log, residents=self._residents, scheduler=self._scheduler
         )
+        self._archives = Archives(
+            door=self._door,
+            planner=self._planner,
+            reads=self._reads,
+            hooks=plugins,
+            bytes_max=write_behind.pending_bytes_max,
+        )
         self._lease = LeaseKeeper(storage.leases, grant, duration_s=config.lease.duration_s)
         self._lease_scope = anyio.CancelScope(shield=True)
         self._fenced: LeaseLost | None = None
+        self._fenced_off = anyio.Event()
 
     # Sessions
 
@@ -126,6 +135,8 @@ class Runtime:
         Raises:
             SessionExists: the id is taken.
         """
+        if session_id is not None:
+            check_id("session_id", session_id)
         fields = self._check_new(user_id, system_prompt, title, description, metadata, agent)
         return await self._create(session_id, fields, False, durability, idempotency_key)
 
@@ -143,6 +154,7 @@ class Runtime:
         idempotency_key: str | None = None,
     ) -> SessionHandle:
         """The session with this id; created from the other arguments if there is none. One caller creates it."""
+        check_id("session_id", session_id)
         fields = self._check_new(user_id, system_prompt, title, description, metadata, agent)
         return await self._create(session_id, fields, True, durability, idempotency_key)
 
@@ -164,8 +176,8 @@ class Runtime:
         check_name("agent", agent)
         messages: tuple[NewMessage, ...] = ()
         if system_prompt is not None:
+            check_text("system_prompt", system_prompt, MESSAGE_BYTES_MAX)
             messages = (NewMessage(role="system", content=system_prompt),)
-            check_message("system_prompt", messages[0])
         return {
             "user_id": user_id,
             "title": title,
@@ -184,7 +196,7 @@ class Runtime:
         idempotency_key: str | None,
     ) -> SessionHandle:
         fresh = session_id is None
-        new = NewSession(session_id=check_id("session_id", session_id or self._identifiers.new()), **fields)
+        new = NewSession(session_id=session_id or self._identifiers.new(), **fields)
         route = "get_or_create_session" if exist_ok else "create_session"
         arguments = [
             session_id,
@@ -192,19 +204,22 @@ class Runtime:
             list(new.messages),
         ]
         request = request_for(idempotency_key, route, arguments, msgspec.json.Decoder(tuple[str, str]).decode)
+        created = True  # a call that is answered from its outcome did create the session: else it would have none
+
+        def plan(current: Resident | None) -> Plan[tuple[str, str]]:
+            nonlocal created
+            plan = self._planner.create(new, current, exist_ok=exist_ok)
+            created = plan.change is not None
+            return plan
+
         try:
             found = await self._door.write(
-                new.session_id,
-                CREATION_SCOPE,
-                lambda current: self._planner.create(new, current, exist_ok=exist_ok),
-                durability=durability,
-                request=request,
-                fresh=fresh,
+                new.session_id, CREATION_SCOPE, plan, durability=durability, request=request, fresh=fresh
             )
         except DurabilityNotReached as error:
-            error.outcome = self._handle(*error.outcome)
+            error.outcome = self._handle(*error.outcome, created=created)
             raise
-        return self._handle(*found)
+        return self._handle(*found, created=created)
 
     async def get_session(self, session_id: str) -> SessionHandle:
         """The session with this id.
@@ -242,10 +257,11 @@ class Runtime:
                 return
             cursor = page.next
 
-    def _handle(self, session_id: str, incarnation: str) -> SessionHandle:
+    def _handle(self, session_id: str, incarnation: str, *, created: bool = False) -> SessionHandle:
         return SessionHandle(
             session_id,
             incarnation,
+            created=created,
             door=self._door,
             planner=self._planner,
             reads=self._reads,
@@ -287,6 +303,10 @@ class Runtime:
             storage=self._storage,
             fenced=self._fenced,
         )
+
+    async def wait_fenced(self) -> None:
+        """Wait until another runtime has taken over the database. From then on every call raises LeaseLost."""
+        await self._fenced_off.wait()
 
     @property
     def quarantine(self) -> Quarantine:
@@ -368,6 +388,7 @@ class Runtime:
     def _fence_off(self, error: LeaseLost) -> None:
         """Another runtime writes now: what is in memory may be wrong, so nothing is served any more."""
         self._fenced = error
+        self._fenced_off.set()
         self._door.close(error)
         self._scheduler.abandon()
 

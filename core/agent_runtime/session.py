@@ -22,7 +22,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .door import Door, Plan, Request
-from .errors import InvalidInput
+from .errors import DurabilityNotReached, InvalidInput
 from .plans import TITLE_CHARS_MAX, NotInTail, Planner, Stale, only
 from .reads import Reads
 from .records import (
@@ -101,15 +101,24 @@ def _read_none(_: str) -> None:
 
 
 class SessionHandle:
-    """One session, as `create_session` and `get_session` give it."""
+    """One session, as `create_session` and `get_session` give it; `created` tells whether that call made it."""
 
-    __slots__ = ("_door", "_hooks", "_planner", "_reads", "incarnation", "session_id")
+    __slots__ = ("_door", "_hooks", "_planner", "_reads", "created", "incarnation", "session_id")
 
     def __init__(
-        self, session_id: str, incarnation: str, *, door: Door, planner: Planner, reads: Reads, hooks: Hooks
+        self,
+        session_id: str,
+        incarnation: str,
+        *,
+        door: Door,
+        planner: Planner,
+        reads: Reads,
+        hooks: Hooks,
+        created: bool = False,
     ) -> None:
         self.session_id = session_id
         self.incarnation = incarnation
+        self.created = created
         self._door = door
         self._planner = planner
         self._reads = reads
@@ -147,6 +156,36 @@ class SessionHandle:
         }
         return await self._write(plan, durability, request_for(idempotency_key, "update", arguments, _read_session))
 
+    async def merge(
+        self,
+        patch: Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Session:
+        """Apply a merge patch (RFC 7396) to title, description and metadata, as one change. Returns the record."""
+        for name in patch:
+            if name not in ("title", "description", "metadata"):
+                raise InvalidInput(str(name), "can't be changed; a patch has title, description and metadata")
+        given: dict[str, str | None] = {}
+        if "title" in patch:
+            given["title"] = None if patch["title"] is None else check_text("title", patch["title"], TITLE_CHARS_MAX)
+        if "description" in patch:
+            text = patch["description"]
+            given["description"] = None if text is None else check_text("description", text, DESCRIPTION_CHARS_MAX)
+        metadata: Mapping[str, Any] | None | UnsetType = UNSET
+        if "metadata" in patch:
+            metadata = patch["metadata"]
+            metadata = None if metadata is None else json_object("metadata", metadata)
+
+        def plan(resident: Resident) -> Plan[Session]:
+            merged = UNSET if metadata is UNSET else _merged(resident.metadata, metadata)
+            return self._planner.update(
+                resident, title=given.get("title", UNSET), description=given.get("description", UNSET), metadata=merged
+            )
+
+        return await self._write(plan, durability, request_for(idempotency_key, "merge", dict(patch), _read_session))
+
     async def delete(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> None:
         """Delete the session and all it has. Its id is free at once."""
         await self._write(self._planner.delete, durability, request_for(idempotency_key, "delete", None, _read_none))
@@ -176,7 +215,17 @@ class SessionHandle:
             token_count=token_count,
             metadata=metadata,
         )
-        return (await self._append("", (new,), "append", durability, idempotency_key))[0]
+        return await self._append_one(new, "append", durability, idempotency_key)
+
+    async def append_message(
+        self,
+        message: NewMessage | Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Message:
+        """Append one message as `append_many` takes them: a dict in chat format keeps the keys that are not ours."""
+        return await self._append_one(parse_message("", message), "append_message", durability, idempotency_key)
 
     async def append_many(
         self,
@@ -209,7 +258,16 @@ class SessionHandle:
             check_json("result", result)
             result = msgspec.json.encode(result).decode()
         new = NewMessage(role="tool", content=result, name=tool_name, tool_call_id=call_id)
-        return (await self._append("", (new,), "append_tool_result", durability, idempotency_key))[0]
+        return await self._append_one(new, "append_tool_result", durability, idempotency_key)
+
+    async def _append_one(
+        self, new: NewMessage, route: str, durability: Durability | None, idempotency_key: str | None
+    ) -> Message:
+        try:
+            return (await self._append("", (new,), route, durability, idempotency_key))[0]
+        except DurabilityNotReached as error:
+            error.outcome = error.outcome[0]
+            raise
 
     async def _append(
         self,
@@ -224,9 +282,16 @@ class SessionHandle:
             self._check_messages(path, new)
             request = request_for(idempotency_key, route, list(new), _read_messages)
         if self._hooks.appending:
-            new = [self._hooks.before_append(self.session_id, each) for each in new]
+            new = [self._seen(f"{path}[{index}]" if path else "", each) for index, each in enumerate(new)]
         self._check_messages(path, new)
         return await self._write(partial(self._planner.append, new=new), durability, request)
+
+    def _seen(self, path: str, message: NewMessage) -> NewMessage:
+        """The message as the plugins leave it."""
+        try:
+            return self._hooks.before_append(self.session_id, message)
+        except InvalidInput as error:
+            raise error.below(path) from None
 
     @staticmethod
     def _check_messages(path: str, new: Sequence[NewMessage]) -> None:
@@ -264,10 +329,10 @@ class SessionHandle:
     async def message(self, seq: int) -> Message | None:
         """The message with this seq; None when it is not there (any more)."""
         check_seq("seq", seq)
-        return await self._reads.message(self.session_id, self.incarnation, seq) if seq else None
+        return await self._reads.message(self.session_id, self.incarnation, seq)
 
     async def scan_messages(self, *, after: int | None = None) -> AsyncIterator[Message]:
-        """All messages behind the seq `after`, oldest first, also those appended meanwhile."""
+        """All messages behind the seq `after`, oldest first; those appended meanwhile may come too, or not."""
         while True:
             page = await self.messages(after=after, limit=PAGE_ITEMS_MAX)
             for message in page.items:
@@ -285,6 +350,12 @@ class SessionHandle:
         if limit is not None:
             check_limit("limit", limit, 2**31)
         return await self._reads.history(self.session_id, self.incarnation, limit)
+
+    async def history_json(self, limit: int | None = None) -> bytes:
+        """The same as JSON text, in UTF-8. Asked for again before the next message, it costs next to nothing."""
+        if limit is not None:
+            check_limit("limit", limit, 2**31)
+        return await self._reads.history_json(self.session_id, self.incarnation, limit)
 
     # The agent
 
@@ -325,6 +396,21 @@ class SessionHandle:
         text = _object_text("metadata", metadata)
         request = request_for(idempotency_key, "update_context", text, _read_context)
         return await self._write(partial(self._planner.update_context, metadata=text), durability, request)
+
+    async def merge_context(
+        self,
+        patch: Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> AgentContext:
+        """Apply a merge patch (RFC 7396) to the metadata of the context."""
+        given = json_object("metadata", patch)
+
+        def plan(resident: Resident) -> Plan[AgentContext]:
+            return self._planner.update_context(resident, metadata=_merged(resident.context.metadata, given))
+
+        return await self._write(plan, durability, request_for(idempotency_key, "merge_context", given, _read_context))
 
     # Documents
 
@@ -387,18 +473,19 @@ class SessionHandle:
         check_id("collection", collection)
         check_id("key", key)
         request = request_for(idempotency_key, "delete_document", [collection, key], _read_bool)
+        there, seen = False, -1  # whether there is one, as of which change; nobody has looked yet
+
+        def plan(resident: Resident) -> Plan[bool]:
+            if resident.documents_at != seen:
+                raise Stale
+            return self._planner.delete_document(resident, collection, key) if there else Plan(None, False)
+
         while True:
-            row, documents_at = await self._reads.document_row(self.session_id, self.incarnation, collection, key)
-
-            def plan(resident: Resident, there: bool = row is not None, seen: int = documents_at) -> Plan[bool]:
-                if resident.documents_at != seen:
-                    raise Stale
-                return self._planner.delete_document(resident, collection, key) if there else Plan(None, False)
-
             try:
                 return await self._write(plan, durability, request)
             except Stale:
-                continue
+                row, seen = await self._reads.document_row(self.session_id, self.incarnation, collection, key)
+                there = row is not None
 
     async def _write(
         self, plan: Callable[[Resident], Plan[T]], durability: Durability | None, request: Request[T] | None
@@ -416,3 +503,21 @@ class SessionHandle:
 def _object_text(path: str, value: object) -> str:
     """A JSON object as text."""
     return msgspec.json.encode(json_object(path, value)).decode()
+
+
+def _merged(text: str, patch: Mapping[str, Any] | None) -> str:
+    """JSON text of the object in `text` with a merge patch applied; None removes all of it."""
+    return "{}" if patch is None else msgspec.json.encode(_merge(msgspec.json.decode(text), patch)).decode()
+
+
+def _merge(target: Any, patch: Any) -> Any:
+    """RFC 7396, section 2. Input is at most as deep as the door lets in."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = _merge(merged.get(name), value)
+    return merged

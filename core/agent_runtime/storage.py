@@ -14,6 +14,7 @@ What a storage promises:
 - Every error it raises is one of `errors.StorageUnavailable` (try again), `errors.ChangeRejected` (`apply` only: data
   in this batch is refused and always will be), `errors.StorageFatal`, `errors.SequenceMismatch`, `errors.LeaseLost` or
   `errors.LeaseHeld`. Anything else is taken for StorageUnavailable. Messages never hold data of a session.
+- After it is closed every call raises a `StorageError`.
 - A cancelled call leaves no statement running and no connection lost. `apply` is called shielded; it is cancelled only
   when a stop runs out of time.
 
@@ -147,7 +148,7 @@ class SessionKey(msgspec.Struct, frozen=True):
 
 
 class HeadRows(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a session is loaded on first touch. `outcomes` are the newest unexpired ones of the session."""
+    """What of a session is loaded on first touch. `outcomes` are its newest unexpired ones, newest first."""
 
     session: SessionRow
     context: ContextRow
@@ -223,7 +224,7 @@ class LeaseDesk(Protocol):
         """
 
     async def release(self, fence: Fence) -> None:
-        """Give the lease back. Nothing happens when the fence does not match any more."""
+        """Give the lease back: the fence stops to match. Nothing happens when it did not match any more."""
 
 
 class Storage(Protocol):
@@ -246,7 +247,8 @@ class Storage(Protocol):
         Raises:
             LeaseLost: the fence does not match: another runtime took over.
             SequenceMismatch: the fence matches, the sequence is not `batch.after`; nothing was written.
-            ChangeRejected: data in the batch is refused and always will be; nothing was written.
+            ChangeRejected: data in the batch is refused and always will be; nothing was written. So is a batch that
+                marks, touches, edits or clears a session that is not there.
             StorageUnavailable: try again. The batch may have been stored: then the next try tells by SequenceMismatch.
             StorageFatal: trying again can't help.
         """

@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn, TypeAlias, TypeGuard
 
 import msgspec
 
-from .errors import InvalidInput
+from .errors import InvalidInput, path_keys
 from .records import ROLES, NewMessage
 
 __all__ = [
@@ -74,13 +74,17 @@ _Trail: TypeAlias = "str | tuple[_Trail, str | int]"
 """A path that is put into words only when it is needed: a text, or a container's trail and a key in it."""
 
 
-def _render(trail: _Trail) -> str:
+def _steps(trail: _Trail) -> tuple[str, list[str | int]]:
+    """A trail as the path it begins with, and the keys from there on."""
     keys: list[str | int] = []
     while not isinstance(trail, str):
         trail, key = trail
         keys.append(key)
-    path = trail
-    for key in reversed(keys):
+    return trail, keys[::-1]
+
+
+def _render(path: str, keys: Iterable[str | int]) -> str:
+    for key in keys:
         if isinstance(key, int):
             path += f"[{key}]"
         elif key.isidentifier() and len(key) <= _KEY_SHOWN_CHARS_MAX:
@@ -96,7 +100,8 @@ def _field(path: str, name: str) -> str:
 
 
 def _refuse(trail: _Trail, problem: str) -> NoReturn:
-    raise InvalidInput(_render(trail), problem)
+    path, keys = _steps(trail)
+    raise InvalidInput(_render(path, keys), problem, (*path_keys(path), *keys))
 
 
 def _kind(value: object) -> str:
@@ -277,8 +282,10 @@ def _check_scalar(trail: _Trail, value: object) -> None:
 
 
 def json_object(path: str, value: object) -> dict[str, Any]:
-    """A JSON object: the dict itself, or a new empty one for None."""
-    return {} if value is None else _check_object(path, value)
+    """A JSON object: the dict itself, one made of any other mapping, or a new empty one for None."""
+    if value is None:
+        return {}
+    return _check_object(path, dict(value) if isinstance(value, Mapping) and not isinstance(value, dict) else value)
 
 
 def _check_object(path: str, value: object) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -138,19 +139,19 @@ class BatchContract(StorageContract):
                 assert snapshot.watermark == 1
                 assert not await snapshot.messages("a", limit=10)
 
-    @pytest.mark.parametrize("reason", BAD)
-    async def test_a_batch_with_a_bad_row_is_refused_whole(self, opener: Opener, reason: str) -> None:
+    async def test_a_batch_with_a_bad_row_is_refused_whole(self, opener: Opener) -> None:
         async with writing(opener) as writer:
             await writer.create("gone")
             await writer.apply(deleted=("gone",))
             await writer.create("a", messages=1)
             await writer.apply(touched=(writer.touch("a"),), switches=(switch_row("a", 1),))
             before = await dump(writer.storage)
-            bad = BAD[reason](writer)
-            rows = {name: GOOD.get(name, ()) + bad.get(name, ()) for name in (*GOOD, *bad)}
-            with pytest.raises(ChangeRejected):
-                await writer.apply(**rows)
-            assert await dump(writer.storage) == before
+            for reason, rows in BAD.items():
+                bad = rows(writer)
+                with suppress(ChangeRejected):
+                    await writer.apply(**{name: GOOD.get(name, ()) + bad.get(name, ()) for name in (*GOOD, *bad)})
+                    pytest.fail(f"not refused: {reason}")
+                assert await dump(writer.storage) == before, reason
             await writer.apply(**GOOD)
 
     async def test_a_batch_without_rows_moves_the_watermark(self, opener: Opener) -> None:

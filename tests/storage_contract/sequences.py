@@ -14,7 +14,7 @@ from .world import Call, World, calls
 
 class SequenceContract(StorageContract):
     @given(calls=calls(), sizes=st.lists(st.integers(1, 8), min_size=1), purged=st.sampled_from([0, 2, 1000]))
-    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     async def test_random_calls_in_random_batches(
         self, new_opener: NewOpener, calls: list[Call], sizes: list[int], purged: int
     ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from agent_runtime.rows import (
     ContextRow,
@@ -138,23 +139,34 @@ quarantined = rows(
     change=st.binary(),
     quarantined_at=times,
 )
-any_value = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_value = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class ValueContract(StorageContract):
-    @given(session=sessions, context=contexts)
+    @given(
+        rows=st.lists(st.tuples(sessions, contexts), unique_by=lambda row: row[0].session_id, min_size=1, max_size=5)
+    )
     @any_value
-    async def test_sessions_and_contexts(self, new_opener: NewOpener, session: SessionRow, context: ContextRow) -> None:
+    async def test_sessions_and_contexts(
+        self, new_opener: NewOpener, rows: list[tuple[SessionRow, ContextRow]]
+    ) -> None:
+        sessions = [replace(session, incarnation=f"{number}") for number, (session, _) in enumerate(rows)]
+        contexts = [replace(context, incarnation=f"{number}") for number, (_, context) in enumerate(rows)]
         async with writing(new_opener()) as writer:
-            await writer.apply(created=(session,), contexts=(context,))
+            await writer.apply(created=tuple(sessions), contexts=tuple(contexts))
             async with writer.storage.snapshot() as snapshot:
-                head = await snapshot.head(session.session_id, outcomes_max=0)
-                assert head is not None
-                assert (head.session, head.context) == (session, context)
-                assert list(await snapshot.sessions(user_id=session.user_id, limit=2)) == [session]
-                place = SessionKey(session.created_at, session.incarnation)
-                assert not await snapshot.sessions(after=place, limit=1)
-                assert not await snapshot.sessions(after=place, limit=1, order="desc")
+                for session, context in zip(sessions, contexts, strict=True):
+                    head = await snapshot.head(session.session_id, outcomes_max=0)
+                    assert head is not None
+                    assert (head.session, head.context) == (session, context)
+                sessions.sort(key=lambda session: (session.created_at, session.incarnation))
+                assert list(await snapshot.sessions(limit=10)) == sessions
+                for number, session in enumerate(sessions):
+                    place = SessionKey(session.created_at, session.incarnation)
+                    assert list(await snapshot.sessions(after=place, limit=10)) == sessions[number + 1 :]
+                    of_user = [other for other in sessions if other.user_id == session.user_id]
+                    if session.user_id is not None:
+                        assert list(await snapshot.sessions(user_id=session.user_id, limit=10)) == of_user
 
     @given(
         messages=st.lists(messages, unique_by=lambda row: row.seq, max_size=5),

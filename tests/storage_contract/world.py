@@ -35,18 +35,18 @@ class Call(NamedTuple):
     keyed: bool
 
 
-def calls(max_size: int = 30) -> st.SearchStrategy[list[Call]]:
+def calls() -> st.SearchStrategy[list[Call]]:
     """Random calls, on few sessions and few documents, so that they meet."""
     call = st.builds(
         Call,
         kind=st.sampled_from(KINDS),
-        session=st.integers(0, 2),
+        session=st.sampled_from([0, 0, 0, 1, 2]),
         text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=4),
         size=st.integers(1, 4),
         document=st.tuples(st.sampled_from(COLLECTIONS), st.sampled_from(["1", "2", "é"])),
         keyed=st.booleans(),
     )
-    return st.lists(call, min_size=1, max_size=max_size)
+    return st.lists(call, min_size=1, max_size=8) | st.lists(call, min_size=8, max_size=30)
 
 
 class _Session:

@@ -1,0 +1,152 @@
+"""What the proofs of the core run on: a runtime over a storage with planned faults, its books audited from outside.
+
+The books are what the runtime keeps count of: bytes of residents, the budget, who is dirty, idle, pinned or waited for.
+An audit counts everything again from scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from agent_runtime import Config, Runtime, open_runtime, residents
+from agent_runtime.changes import Batch
+from agent_runtime.residents import Resident
+from agent_runtime.storage import StorageFactory
+from agent_runtime.testing import CallName, Faults, faulty_plugin
+from agent_runtime_memory import MemoryDatabase
+
+T = TypeVar("T")
+NEVER_S = 1_000_000.0
+
+
+class MeteredFaults(Faults):
+    """Faults that know how many calls are under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way = 0
+
+    async def call(self, name: CallName, effect: Callable[[], Awaitable[T]], batch: Batch | None = None) -> T:
+        self.under_way += 1
+        try:
+            return await super().call(name, effect, batch)
+        finally:
+            self.under_way -= 1
+
+
+def config(url: str = "faulty:memory:", **sections: dict[str, Any]) -> Config:
+    """Nothing is flushed but on demand, and as little as possible stays in memory."""
+    defaults: dict[str, dict[str, Any]] = {
+        "write_behind": {"interval_s": NEVER_S},
+        "residents": {"bytes_max": 65_536, "tail_messages": 3},
+        "lease": {"duration_s": NEVER_S},
+    }
+    return Config.of(url, **{name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections})
+
+
+@asynccontextmanager
+async def running(
+    faults: Faults | None = None, database: MemoryDatabase | None = None, **sections: dict[str, Any]
+) -> AsyncIterator[Runtime]:
+    """A runtime over a memory database (default: a new one), with these faults."""
+    factory = (database or MemoryDatabase()).open
+    async with open_runtime(config(**sections), plugins=[faulty_plugin(factory, faults or Faults())]) as runtime:
+        yield runtime
+
+
+def plugin(factory: StorageFactory, faults: Faults) -> object:
+    """The plugin of `faulty:`."""
+    return faulty_plugin(factory, faults)
+
+
+async def quiet(runtime: Runtime, faults: MeteredFaults) -> None:
+    """Wait until the runtime does nothing by itself: no call is under way, nothing is due."""
+    scheduler = runtime._scheduler
+    idle = 0
+    while idle < 5:
+        due = min(scheduler._flush_in(), scheduler._purge_in()) <= 0
+        if faults.under_way or due:
+            idle = 0
+            await anyio.sleep(0.0005)
+        else:
+            idle += 1
+            await checkpoint()
+
+
+def audit(runtime: Runtime) -> None:
+    """Count everything again."""
+    books, log, budget, scheduler = runtime._residents, runtime._log, runtime._budget, runtime._scheduler
+    entries = books._entries
+    known = {id(each): each for each in entries.values() if each is not None}
+    known |= {id(each): each for each in books.dirty.values()}
+    known |= {id(view.resident): view.resident for view in books._views if view.resident is not None and not view.ended}
+    for resident in known.values():
+        _audit_resident(resident)
+    absent = sum(each is None for each in entries.values())
+    assert books.bytes == sum(each.bytes for each in known.values()) + absent * residents._ABSENT_BYTES
+    assert books.bytes <= books.bytes_max or all(name in entries for name in books._idle)
+
+    unsettled = [change for each in books.dirty.values() for change in each.pending]
+    for incarnation, resident in books.dirty.items():
+        assert incarnation == resident.incarnation
+        assert resident.pending or resident.held
+    for name in books._idle:
+        idle = entries[name]
+        assert idle is None or (idle.idle and not idle.pending and not idle.pins and not idle.held)
+    for name, entry in entries.items():
+        assert entry is None or entry.session_id == name
+        needed = entry is not None and (entry.pending or entry.pins or entry.held)
+        assert (name in books._idle) != bool(needed)
+    assert [each.key for each in sorted(_unborn(books.dirty.values()), key=_place)] == books.born
+
+    pending = [each.change for each in scheduler._pending]
+    assert [change.sequence for change in pending] == list(range(log.stored + 1, log.accepted + 1))
+    assert {change.sequence for change in pending} <= {change.sequence for change in unsettled} | {
+        change.sequence for change in pending if change.void
+    }
+    assert budget.used >= sum(each.size for each in scheduler._pending)
+
+
+def audit_at_rest(runtime: Runtime) -> None:
+    """Count everything again when nobody is at work and all is stored: nothing is left waiting, pinned or reserved."""
+    audit(runtime)
+    books, log, budget, scheduler = runtime._residents, runtime._log, runtime._budget, runtime._scheduler
+    assert not scheduler._pending
+    assert log.stored == log.accepted
+    assert not log._waiters
+    assert budget.used == 0
+    assert not budget._queue
+    assert not books._views
+    assert not books._settling
+    assert all(each.held for each in books.dirty.values())
+    assert all(each is None or not each.pins for each in books._entries.values())
+    assert books.bytes <= books.bytes_max or not books._idle or len(books._idle) == 1
+    assert not runtime._door._flights
+
+
+def _unborn(dirty: Any) -> list[Resident]:
+    return [each for each in dirty if each.unborn is not None]
+
+
+def _place(resident: Resident) -> tuple[Any, str]:
+    return resident.created_at, resident.incarnation
+
+
+def _audit_resident(resident: Resident) -> None:
+    assert len(resident.tail) == len(resident.tail_seqs)
+    assert resident.tail_seqs == sorted(set(resident.tail_seqs))
+    assert all(resident.tail_from < seq < resident.next_seq for seq in resident.tail_seqs)
+    if resident.bytes == 0:
+        return  # it is kept for its unstored deletion only, or for a read that is under way
+    size = residents._HEAD_BYTES + len(resident.metadata) + len(resident.context.metadata)
+    size += len(resident.title or "") + len(resident.description or "")
+    size += sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
+    size += sum(residents._OUTCOME_BYTES + len(row.outcome) for row in resident.outcomes.values())
+    size += 0 if resident.lead is None else len(bytes(resident.lead))
+    size += 0 if resident.chat is None else len(resident.chat[1])
+    assert resident.bytes == size
