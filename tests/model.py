@@ -146,9 +146,7 @@ class ModelSession:
 
     def copy(self) -> ModelSession:
         """The session as it is now, whatever happens later."""
-        copied = replace(
-            self, messages=[*self.messages], switches=[*self.switches], documents={**self.documents}
-        )
+        copied = replace(self, messages=[*self.messages], switches=[*self.switches], documents={**self.documents})
         copied.record, copied.context = self.record, self.context
         return copied
 
@@ -205,4 +203,3 @@ class Model:
 def place(record: Session) -> tuple[Any, str]:
     """Where a session stands in lists."""
     return record.created_at, record.incarnation
-

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -143,6 +144,7 @@ async def everything(session: SessionHandle, *collections: str) -> list[Any]:
         (await session.messages(limit=1000)).items,
         (await session.messages(limit=1000, order="desc")).items,
         await session.history(),
+        msgspec.json.decode(await session.history_json()),
         await session.context(),
         await session.switches(),
         *[(await session.list_documents(collection)).items for collection in collections],

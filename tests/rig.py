@@ -6,6 +6,7 @@ An audit counts everything again from scratch.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ class MeteredFaults(Faults):
 def config(url: str = "faulty:memory:", **sections: dict[str, Any]) -> Config:
     """Nothing is flushed but on demand, and as little as possible stays in memory."""
     defaults: dict[str, dict[str, Any]] = {
-        "write_behind": {"interval_s": NEVER_S},
+        "write_behind": {"interval_s": NEVER_S, "drain_timeout_s": 2.0},
         "residents": {"bytes_max": 65_536, "tail_messages": 3},
         "lease": {"duration_s": NEVER_S},
     }
@@ -62,6 +63,18 @@ async def running(
 def plugin(factory: StorageFactory, faults: Faults) -> object:
     """The plugin of `faulty:`."""
     return faulty_plugin(factory, faults)
+
+
+async def all_wait() -> None:
+    """Let every other task run as far as it gets."""
+    try:
+        ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]  # anyio's own function sleeps for 0.1 s
+    except RuntimeError:
+        await anyio.wait_all_tasks_blocked()
+    else:
+        await checkpoint()
+        while ready:
+            await checkpoint()
 
 
 async def quiet(runtime: Runtime, faults: MeteredFaults) -> None:
@@ -148,5 +161,6 @@ def _audit_resident(resident: Resident) -> None:
     size += sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
     size += sum(residents._OUTCOME_BYTES + len(row.outcome) for row in resident.outcomes.values())
     size += 0 if resident.lead is None else len(bytes(resident.lead))
+    size += 0 if resident.chat is None else len(resident.chat[1])
     size += 0 if resident.chat is None else len(resident.chat[1])
     assert resident.bytes == size

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent_runtime import (
@@ -19,9 +20,9 @@ from agent_runtime import (
     NewMessage,
     Page,
     Runtime,
+    SessionHandle,
 )
 from places import (
-    KINDS,
     SHORT,
     Place,
     at_every_stage,
@@ -29,9 +30,9 @@ from places import (
     fill,
     forget,
     forget_what_is_stored,
+    in_file,
     in_memory,
     place_fixture,
-    place_of,
 )
 
 pytestmark = pytest.mark.anyio
@@ -202,11 +203,11 @@ async def test_pop_gives_the_newest_and_no_seq_is_used_again(place: Place, store
 async def test_what_changes_nothing_is_no_change(memory: Place) -> None:
     async with memory.open() as runtime:
         session = await runtime.create_session("s1")
-        await session.switch_agent("coder")
+        context = await session.switch_agent("coder")
         before = await everything(session), runtime.watermarks
         assert await session.pop() is None
         await session.clear()
-        assert await session.switch_agent("coder", reason="again", metadata={"a": 1}) == before[0][4]
+        assert await session.switch_agent("coder", reason="again", metadata={"a": 1}) == context
         assert not await session.delete_document("notes", "nothing")
         await runtime.get_or_create_session("s1")
         assert (await everything(session), runtime.watermarks) == before
@@ -215,49 +216,69 @@ async def test_what_changes_nothing_is_no_change(memory: Place) -> None:
 # --- reading messages -------------------------------------------------------------------------------------------------
 
 
-takings = st.lists(st.sampled_from(["append", "append", "pop", "clear"]) | st.integers(1, 9), min_size=1, max_size=9)
+async def take(session: SessionHandle, step: str | int, there: list[Message]) -> None:
+    """Take a step (a number: append so many messages); `there` is what there is after it."""
+    if isinstance(step, int):
+        there += await fill(session, step)
+    elif step == "pop":
+        assert await session.pop() == (there.pop() if there else None)
+    else:
+        await session.clear()
+        there.clear()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(steps=takings)
-@SHORT
-async def test_pages_give_every_message_once_in_order(kind: str, steps: list[str | int]) -> None:
-    async def write(runtime: Runtime) -> None:
-        session = await runtime.create_session("s1", system_prompt="first")
-        for step in steps:
-            if isinstance(step, int):
-                await fill(session, step)
-            else:
-                await getattr(session, step)(*(["user", "one"] if step == "append" else []))
-
-    async def look(runtime: Runtime) -> list[Message]:
-        session = await runtime.get_session("s1")
-        messages = [message async for message in session.scan_messages()]
-        last = messages[-1].seq if messages else 0
-        assert (await session.record()).message_count == len(messages)
-        for order, expected in (("asc", messages), ("desc", messages[::-1])):
-            for limit in (1, 2, 3, len(messages) or 1, 1000):
-                left, after = expected, None
-                while True:
-                    forget_what_is_stored(runtime)
-                    page = await session.messages(after=after, limit=limit, order=order)  # type: ignore[arg-type]
-                    assert page.items == left[:limit]
-                    left = left[limit:]
-                    assert page.next == (page.items[-1].seq if left else None)
-                    if not left:
-                        break
-                    after = page.next
-        for seq in range(last + 2):
+async def check_every_page(runtime: Runtime, there: list[Message]) -> None:
+    """Page through all messages of `s1` in every way, each from the database if nothing is unstored."""
+    session = await runtime.get_session("s1")
+    assert (await session.record()).message_count == len(there)
+    for order, expected in (("asc", there), ("desc", there[::-1])):
+        for limit in (1, 3, len(there) or 1, 1000):
+            left, after = expected, None
             forget_what_is_stored(runtime)
-            there = [message for message in messages if message.seq == seq]
-            assert await session.message(seq) == (there[0] if there else None)
-            assert [message async for message in session.scan_messages(after=seq)] == [
-                message for message in messages if message.seq > seq
-            ]
-        return messages
+            while True:
+                page = await session.messages(after=after, limit=limit, order=order)  # type: ignore[arg-type]
+                assert page.items == left[:limit]
+                left = left[limit:]
+                assert page.next == (page.items[-1].seq if left else None)
+                if not left:
+                    break
+                after = page.next
+    for seq in range((there[-1].seq if there else 0) + 2):
+        if seq % 5 == 0:
+            forget_what_is_stored(runtime)
+        assert await session.message(seq) == next((message for message in there if message.seq == seq), None)
+        behind = [message for message in there if message.seq > seq]
+        assert [message async for message in session.scan_messages(after=seq)] == behind
 
-    with TemporaryDirectory() as directory:
-        await at_every_stage(place_of(kind, Path(directory)), write, look)
+
+async def check_pages(place: Place, steps: Sequence[str | int]) -> None:
+    """Take the steps; then page through what there is while the last are unstored, then stored, then reopened."""
+    there: list[Message] = []
+    async with place.open(residents={"tail_messages": 2}) as runtime:
+        session = await runtime.create_session("s1")
+        for step in steps:
+            if step == "store":
+                await runtime.flush()
+                forget(runtime)
+            else:
+                await take(session, step, there)
+        await check_every_page(runtime, there)
+        await runtime.flush()
+        await check_every_page(runtime, there)
+    async with place.open() as runtime:
+        await check_every_page(runtime, there)
+
+
+@given(st.lists(st.sampled_from(["store", "pop", "clear"]) | st.integers(1, 9), min_size=1, max_size=9))
+@example([7, "store", "pop", "pop", 1, "pop"])
+@example([7, "store", "clear", 2, "store", "pop", 1])
+@SHORT
+async def test_pages_give_every_message_once_in_order(steps: list[str | int]) -> None:
+    await check_pages(in_memory(), steps)
+
+
+async def test_pages_of_a_file_give_every_message_once_in_order(tmp_path: Path) -> None:
+    await check_pages(in_file(tmp_path), [1, "clear", 7, "store", "pop", "pop", 2, "pop"])
 
 
 async def test_a_scan_goes_from_page_to_page(place: Place) -> None:
@@ -307,6 +328,8 @@ async def test_a_history_is_valid_and_limited_by_whole_groups(place: Place) -> N
         for limit, kept in ((1, 2), (3, 2), (4, 2), (5, 4), (6, 5), (7, 5), (8, 7), (100, 98), (182, 181), (183, 182)):
             forget_what_is_stored(runtime)
             assert await session.history(limit) == [whole[0], *whole[-kept:]]
+            for _ in range(2):
+                assert msgspec.json.decode(await session.history_json(limit)) == [whole[0], *whole[-kept:]]
         assert await session.history(10_000) == whole
         assert (await session.record()).message_count == 182
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import anyio
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -205,6 +205,7 @@ def title_of(messages: Sequence[NewMessage]) -> str | None:
 
 
 @given(openings)
+@example([NewMessage(role="user", content=" \n"), NewMessage(role="user", content="hi")])
 @SHORT
 async def test_the_first_text_of_a_user_is_the_title(messages: list[NewMessage]) -> None:
     async with in_memory().open() as runtime:
@@ -490,6 +491,7 @@ EVERY_CALL: list[Call] = [
     lambda handle: handle.message(1),
     lambda handle: handle.history(),
     lambda handle: handle.history(1),
+    lambda handle: handle.history_json(),
     lambda handle: handle.context(),
     lambda handle: handle.switches(),
     lambda handle: handle.switch_agent("late"),

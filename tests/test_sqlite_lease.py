@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from agent_runtime.errors import LeaseHeld, LeaseLost
 from agent_runtime.process import this_process
@@ -44,16 +44,7 @@ def config(tmp_path: Path) -> StorageConfig:
 
 def claim(holder: str) -> Claim:
     """As this process would claim."""
-    mine = this_process()
-    return Claim(
-        holder=holder,
-        host=mine.host,
-        pid=mine.pid,
-        process_started=mine.process_started,
-        pid_namespace=mine.pid_namespace,
-        boot_id=mine.boot_id,
-        duration_s=DURATION_S,
-    )
+    return Claim(holder=holder, duration_s=DURATION_S, **asdict(this_process()))
 
 
 async def lease_of(storage: Storage) -> LeaseRow:
@@ -149,14 +140,17 @@ async def test_partitions_are_apart(config: StorageConfig) -> None:
 
 
 HOLDER = """
-import anyio, sys
-sys.path[:] = sys.argv[2].split(':')
-from test_sqlite_lease import claim
-from agent_runtime.storage import StorageConfig
+import sys
+sys.path[:] = sys.argv[2].split(":")
+import anyio
+from msgspec.structs import asdict
+from agent_runtime.process import this_process
+from agent_runtime.storage import Claim, StorageConfig
 from agent_runtime_sqlite.storage import open_storage
 async def main():
+    claim = Claim(holder="the other process", duration_s=100, **asdict(this_process()))
     async with open_storage(StorageConfig(url=sys.argv[1])) as storage:
-        print((await storage.leases.acquire(claim("the other process"))).fence.epoch, flush=True)
+        print((await storage.leases.acquire(claim)).fence.epoch, flush=True)
         await anyio.sleep(600)
 anyio.run(main)
 """

@@ -56,7 +56,9 @@ limits = st.integers(1, 6)
 seqs = st.none() | st.integers(0, 40)
 orders = st.sampled_from(["asc", "desc"])
 words = st.sampled_from(["hi", "snow ☃", "x" * 700, '"quoted"\\', "long " * 1000])
-objects = st.dictionaries(st.sampled_from(["b", "a", "ü"]), st.sampled_from([1, 1.0, None, [True], {"z": "1e2"}]), max_size=2)
+objects = st.dictionaries(
+    st.sampled_from(["b", "a", "ü"]), st.sampled_from([1, 1.0, None, [True], {"z": "1e2"}]), max_size=2
+)
 calls = st.lists(
     st.sampled_from(["t1", "t2"]).map(lambda name: {"id": name, "function": {"name": "f", "arguments": "{}"}}),
     max_size=2,
@@ -64,8 +66,16 @@ calls = st.lists(
 new_messages = st.one_of(
     st.builds(NewMessage, role=st.just("user"), content=words, metadata=st.none() | objects),
     st.builds(NewMessage, role=st.just("user"), content=words.map(lambda word: [{"type": "text", "text": word}])),
-    st.builds(NewMessage, role=st.just("assistant"), content=st.none() | words, tool_calls=calls, extra=st.just({"refusal": "no"})),
-    st.builds(NewMessage, role=st.just("tool"), content=words, tool_call_id=st.sampled_from(["t1", "t2"]), name=st.just("f")),
+    st.builds(
+        NewMessage,
+        role=st.just("assistant"),
+        content=st.none() | words,
+        tool_calls=calls,
+        extra=st.just({"refusal": "no"}),
+    ),
+    st.builds(
+        NewMessage, role=st.just("tool"), content=words, tool_call_id=st.sampled_from(["t1", "t2"]), name=st.just("f")
+    ),
     st.builds(NewMessage, role=st.just("system"), content=words, token_count=st.integers(0, 9)),
 )
 
@@ -287,7 +297,14 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(SessionNotFound):
             self.run(data.draw(st.sampled_from(calls)))
 
-    @rule(session_id=session_ids, given=st.dictionaries(st.sampled_from(["title", "description"]), st.none() | words.map(lambda word: word[:500])), metadata=st.none() | objects, key=keys)
+    @rule(
+        session_id=session_ids,
+        given=st.dictionaries(
+            st.sampled_from(["title", "description"]), st.none() | words.map(lambda word: word[:500])
+        ),
+        metadata=st.none() | objects,
+        key=keys,
+    )
     def update(self, session_id: str, given: dict[str, Any], metadata: dict[str, Any] | None, key: str | None) -> None:
         arguments = given if metadata is None else given | {"metadata": metadata}
 
@@ -295,7 +312,9 @@ class Machine(RuleBasedStateMachine):
             for name, value in arguments.items():
                 setattr(session, name, value)
 
-        self.change(session_id, key, "update", arguments, lambda handle: handle.update(**arguments, idempotency_key=key), effect)
+        self.change(
+            session_id, key, "update", arguments, lambda handle: handle.update(**arguments, idempotency_key=key), effect
+        )
 
     # Messages
 
@@ -303,7 +322,10 @@ class Machine(RuleBasedStateMachine):
     def append(self, session_id: str, new: NewMessage, key: str | None, level: Any) -> None:
         if new.extra is not None:
             return self.append_many(session_id=session_id, new=[new], key=key, level=level)
-        fields = {name: getattr(new, name) for name in ("role", "content", "name", "tool_calls", "tool_call_id", "token_count", "metadata")}
+        fields = {
+            name: getattr(new, name)
+            for name in ("role", "content", "name", "tool_calls", "tool_call_id", "token_count", "metadata")
+        }
         self.change(
             session_id,
             key,
@@ -395,7 +417,13 @@ class Machine(RuleBasedStateMachine):
             lambda session, _: setattr(session, "context_metadata", metadata),
         )
 
-    @rule(session_id=session_ids, collection=collections, key=document_keys, value=objects | words | st.binary(max_size=9), idempotency_key=keys)
+    @rule(
+        session_id=session_ids,
+        collection=collections,
+        key=document_keys,
+        value=objects | words | st.binary(max_size=9),
+        idempotency_key=keys,
+    )
     def put(self, session_id: str, collection: str, key: str, value: Any, idempotency_key: str | None) -> None:
         media_type = "image/png" if isinstance(value, bytes) else None
         self.change(
@@ -403,7 +431,9 @@ class Machine(RuleBasedStateMachine):
             idempotency_key,
             "put_document",
             (collection, key, value),
-            lambda handle: handle.put_document(collection, key, value, media_type=media_type, idempotency_key=idempotency_key),
+            lambda handle: handle.put_document(
+                collection, key, value, media_type=media_type, idempotency_key=idempotency_key
+            ),
             lambda session, document: session.put(collection, key, value, media_type, document),
         )
 
@@ -464,7 +494,9 @@ class Machine(RuleBasedStateMachine):
         left = self.model.listing(user_id, order)
         cursor = None
         while True:
-            page = self.run(lambda: self.runtime.list_sessions(user_id=user_id, order=order, limit=limit, cursor=cursor))  # noqa: B023 — called at once
+            page = self.run(
+                lambda: self.runtime.list_sessions(user_id=user_id, order=order, limit=limit, cursor=cursor)
+            )  # noqa: B023 — called at once
             assert page.items == left[:limit]
             left, cursor = left[limit:], page.next
             assert (cursor is None) == (not left)

@@ -83,10 +83,13 @@ REFUSED: list[tuple[str, Call]] = [
     ("metadata.a", lambda _, session: session.append("user", SECRET, metadata={"a": (1, 2)})),
     ("message", lambda _, session: session.append("user", "x" * (16 * 1024 * 1024))),
     ("idempotency_key", lambda _, session: session.append("user", SECRET, idempotency_key=f"{SECRET}/")),
+    ("content", lambda _, session: session.append_message({"role": "user", "content": f"{SECRET}\0"})),
+    ("role", lambda _, session: session.append_message({"content": SECRET})),
+    ("message", lambda _, session: session.append_message(SECRET)),  # type: ignore[arg-type]
     ("messages", lambda _, session: session.append_many([])),
     ("messages", lambda _, session: session.append_many({"role": "user"})),  # type: ignore[arg-type]
     ("messages", lambda _, session: session.append_many(SECRET)),  # type: ignore[arg-type]
-    ("messages", lambda _, session: session.append_many(message for message in ())),  # type: ignore[arg-type]
+    ("messages", lambda _, session: session.append_many(iter([{"role": "user"}]))),  # type: ignore[arg-type]
     ("call_id", lambda _, session: session.append_tool_result("", "f", SECRET)),
     ("tool_name", lambda _, session: session.append_tool_result("c1", "", SECRET)),
     ("result.a", lambda _, session: session.append_tool_result("c1", "f", {"a": datetime.now(UTC)})),
@@ -146,7 +149,7 @@ async def test_a_call_that_no_budget_could_hold_is_refused(memory: Place) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.lists(objects, min_size=1, max_size=6), st.binary(max_size=50), texts)
-@settings(SHORT, max_examples=10)
+@settings(SHORT, max_examples=6)
 async def test_what_went_in_comes_out_to_the_letter(
     kind: str, given: list[dict[str, Any]], data: bytes, text: str
 ) -> None:

@@ -90,6 +90,12 @@ class MemorySnapshot:
         of_collection = takewhile(lambda row: row.collection == collection, (row for _, row in found))
         return list(islice(of_collection, limit))
 
+    async def collections(self, incarnation: str) -> Sequence[str]:
+        await self._checkpoint()
+        if not self._is_there(incarnation):
+            return []
+        return sorted({row.collection for _, row in self._view.scan(self._partition.documents, incarnation)})
+
     async def sessions(
         self, *, user_id: str | None = None, after: SessionKey | None = None, limit: int, order: Order = "asc"
     ) -> Sequence[SessionRow]:

@@ -37,6 +37,7 @@ from .tables import (
 )
 
 __all__ = [
+    "SELECT_COLLECTIONS",
     "SELECT_DOCUMENT",
     "SELECT_DOCUMENTS",
     "SELECT_HEAD",
@@ -113,6 +114,12 @@ SELECT_DOCUMENTS: Final = (
     )
     .order_by(documents.c.key)
     .limit(_LIMIT)
+)
+SELECT_COLLECTIONS: Final = (
+    select(documents.c.collection)
+    .where(_of_session(documents.c.incarnation))
+    .distinct()
+    .order_by(documents.c.collection)
 )
 SELECT_QUARANTINE: Final = (
     select(*columns_of(quarantine, QuarantineRow))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Final, TypeVar, TypeVarTuple, cast
 
 from sqlalchemy import QueuePool
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.errors import StorageUnavailable
 from agent_runtime.storage import PoolFigures
 from agent_runtime_sql.schema import is_current
 
-from .engine import driver_of, plain_engine, readers_engine, writer_engine
+from .engine import connected, driver_of, plain_engine, readers_engine, writer_engine
 from .errors import translated
 from .settings import Settings
 
@@ -47,13 +48,13 @@ class Database:
         with translated(self.name):
             return await function(*args)
 
-    def writer(self) -> AsyncConnection:
-        """The connection that writes; for functions that `run` runs. To be entered, and left."""
-        return self._writer.connect()
+    def writer(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """The connection that writes; for functions that `run` runs."""
+        return connected(self._writer)
 
-    def reader(self) -> AsyncConnection:
-        """A connection that reads, likewise."""
-        return self._readers.connect()
+    async def reader(self) -> AsyncConnection:
+        """A connection that reads, likewise. To be closed; neither may be cancelled."""
+        return await self._readers.connect()
 
     async def is_current(self) -> bool:
         """Whether the tables are those of this code. Then connects in both ways, and so checks both.
@@ -62,16 +63,16 @@ class Database:
         """
         plain = plain_engine(self._settings)
         try:
-            async with plain.connect() as connection:
+            async with connected(plain) as connection:
                 current = await connection.run_sync(is_current, self.name)
         finally:
             await plain.dispose()
-        async with self.writer(), self.reader():
+        async with connected(self._writer), connected(self._readers):
             return current
 
     def figures(self) -> PoolFigures:
         """Both pools together."""
-        pools = [cast("QueuePool", engine.sync_engine.pool) for engine in (self._writer, self._readers)]
+        pools = [_pool(self._writer), _pool(self._readers)]
         return PoolFigures(size=sum(pool.size() for pool in pools), in_use=sum(pool.checkedout() for pool in pools))
 
     async def close(self) -> None:
@@ -82,6 +83,11 @@ class Database:
 
     async def _dispose(self) -> None:
         await self._readers.dispose()
+        if _pool(self._writer).checkedin():
+            await self._truncate_log()
+        await self._writer.dispose()
+
+    async def _truncate_log(self) -> None:
         try:
             async with self.writer() as connection:
                 driver = await driver_of(connection)
@@ -89,4 +95,7 @@ class Database:
                     await (await driver.execute(statement)).close()
         except Exception as exc:  # noqa: BLE001 - then the next one to open the file does it
             logger.debug("the write-ahead log of %s stays as it is: %r", self.name, exc)
-        await self._writer.dispose()
+
+
+def _pool(engine: AsyncEngine) -> QueuePool:
+    return cast("QueuePool", engine.sync_engine.pool)

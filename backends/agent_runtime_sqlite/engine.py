@@ -9,7 +9,9 @@ driver is told to leave transactions alone, and they are begun here: BEGIN IMMED
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import aiosqlite
@@ -20,7 +22,7 @@ from agent_runtime.errors import StorageFatal
 
 from .settings import Settings
 
-__all__ = ["driver_of", "plain_engine", "readers_engine", "writer_engine"]
+__all__ = ["connected", "driver_of", "plain_engine", "readers_engine", "writer_engine"]
 
 # The order counts: the timeout is for the pragmas after it.
 _WRITER: Final[Mapping[str, object]] = {
@@ -62,12 +64,8 @@ def _engine(settings: Settings, pragmas: Mapping[str, object], begin: str, *, co
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
-        try:
-            for name, value in wanted.items():
-                _set_pragma(settings, connection, name, value)
-        except BaseException:
-            connection.close()
-            raise
+        for name, value in wanted.items():
+            _set_pragma(settings, connection, name, value)
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin_transaction(connection: Connection) -> None:
@@ -89,6 +87,29 @@ def _set_pragma(settings: Settings, connection: Any, name: str, value: object) -
             f"the database {settings.path} can't have {name}={value}, SQLite answers {found!r}: "
             "choose a path on a local disk"
         )
+
+
+@asynccontextmanager
+async def connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A connection, for a block. A cancellation waits for its opening and its closing: the driver, cancelled half-way,
+    loses the open file.
+    """
+    connection = engine.connect()
+    try:
+        await _whole(connection.start())
+        yield connection
+    finally:
+        if connection.sync_connection is not None:
+            await _whole(connection.close())
+
+
+async def _whole(part: Coroutine[Any, Any, object]) -> None:
+    task = asyncio.create_task(part)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 async def driver_of(connection: AsyncConnection) -> aiosqlite.Connection:

@@ -65,7 +65,7 @@ def _shown(error: Exception) -> str:
 
 @contextmanager
 def translated(name: str) -> Iterator[None]:
-    """Raise what goes wrong inside as StorageFatal or StorageUnavailable of the database `name`. Our own errors pass."""
+    """Raise what goes wrong inside as StorageFatal or StorageUnavailable, after the database's `name`. Ours pass."""
     try:
         yield
     except AgentRuntimeError:

@@ -33,6 +33,7 @@ from agent_runtime.rows import (
 )
 from agent_runtime.storage import HeadRows, JournalRow, LeaseRow, SessionKey
 from agent_runtime_sql.reads import (
+    SELECT_COLLECTIONS,
     SELECT_DOCUMENT,
     SELECT_DOCUMENTS,
     SELECT_HEAD,
@@ -130,6 +131,15 @@ class SqliteSnapshot:
     ) -> Sequence[DocumentRow]:
         parameters = {"incarnation": incarnation, "collection": collection, "after": after, "limit": limit}
         return await self._run(self._rows, DocumentRow, SELECT_DOCUMENTS, parameters)
+
+    async def collections(self, incarnation: str) -> Sequence[str]:
+        return await self._run(self._collections, incarnation)
+
+    async def _collections(self, incarnation: str) -> Sequence[str]:
+        found = await self._connection.execute(
+            SELECT_COLLECTIONS, {"partition": self._partition, "incarnation": incarnation}
+        )
+        return found.scalars().all()
 
     async def sessions(
         self, *, user_id: str | None = None, after: SessionKey | None = None, limit: int, order: Order = "asc"

@@ -9,7 +9,6 @@ import anyio
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_runtime.bridge import on_cancel
-from agent_runtime.errors import AgentRuntimeError
 
 from .database import Database
 from .engine import driver_of
@@ -38,12 +37,5 @@ class Writer:
     async def _transaction(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
         async with self._database.writer() as connection:
             with on_cancel((await driver_of(connection)).interrupt):
-                try:
-                    async with connection.begin():
-                        return await function(connection, *args)
-                except AgentRuntimeError:
-                    raise
-                except Exception:
-                    # Nobody knows what state the connection is in. The next transaction gets a new one.
-                    await connection.invalidate()
-                    raise
+                async with connection.begin():
+                    return await function(connection, *args)

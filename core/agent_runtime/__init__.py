@@ -14,6 +14,7 @@ from .config import Config
 from .errors import (
     AgentRuntimeError,
     ConfigError,
+    DrainIncomplete,
     DurabilityNotReached,
     IdempotencyConflict,
     InvalidInput,
@@ -51,6 +52,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Document",
+    "DrainIncomplete",
     "DurabilityNotReached",
     "IdempotencyConflict",
     "InvalidInput",

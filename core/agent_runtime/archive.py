@@ -13,8 +13,9 @@ one that was just created:
 - `switches`: [{from_agent, to_agent, reason, switched_at, metadata}], all of them, oldest first.
 - `documents`: [{collection, key, updated_at, value}], with {data, media_type} instead of `value` for bytes, in base64.
 
-`archive_line` writes all keys in one fixed order, without spaces, with unicode as it is and times in UTC: equal sessions
-give equal bytes. `parse_line` refuses keys that it does not know, as what they hold would be lost. Pure functions.
+`archive_line` writes all keys in one fixed order, without spaces, with unicode as it is and times in UTC: equal
+sessions give equal bytes. `parse_line` refuses keys that it does not know, as what they hold would be lost. Both are
+pure functions.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _DEFAULT_AGENT: Final = "orchestrator"
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
     """A session with all it has, but for the outcomes of idempotent calls and what is in quarantine.
 
-    `seqs` are those of `messages`; None while they are to be numbered as by appending. `next_seq` None is the one behind
-    the last message. `title` UNSET is what appending the messages would make it.
+    `seqs` are those of `messages`; None while they are to be numbered as by appending. `next_seq` None is the one
+    behind the last message. `title` UNSET is what appending the messages would make it.
     """
 
     session_id: str
@@ -59,18 +60,14 @@ class Archive(msgspec.Struct, frozen=True, kw_only=True):
     seqs: Sequence[int] | None = None
 
 
-# --- the format -------------------------------------------------------------------------------------------------------
+# --- the format: the keys in their order ------------------------------------------------------------------------------
 
 _Time = Annotated[datetime, Meta(tz=True)]
 _Count = Annotated[int, Meta(ge=0, le=SEQ_MAX)]
 _Seq = Annotated[int, Meta(ge=1, le=SEQ_MAX)]
 
 
-class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A JSON object of the format: its keys in their order, and what stands for those that are left out."""
-
-
-class _ContextPart(_Part, kw_only=True):
+class _ContextPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     current_agent: str | None = None
     switch_count: _Count | None = None
     last_switch_at: _Time | None = None
@@ -79,7 +76,7 @@ class _ContextPart(_Part, kw_only=True):
     updated_at: _Time | None = None
 
 
-class _SwitchPart(_Part, kw_only=True):
+class _SwitchPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     from_agent: str
     to_agent: str
     reason: str | None = None
@@ -87,7 +84,7 @@ class _SwitchPart(_Part, kw_only=True):
     metadata: dict[str, Any] | None = None
 
 
-class _DocumentPart(_Part, kw_only=True):
+class _DocumentPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     collection: str
     key: str
     updated_at: _Time | None = None
@@ -96,13 +93,13 @@ class _DocumentPart(_Part, kw_only=True):
     media_type: str | UnsetType | None = UNSET
 
 
-class _DetailPart(_Part, kw_only=True):
+class _DetailPart(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     seq: _Seq
     id: str | None = None
     created_at: _Time | None = None
 
 
-class _Line(_Part, kw_only=True):
+class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     session_id: str
     user_id: str | None = None
     title: str | UnsetType | None = UNSET
@@ -118,7 +115,7 @@ class _Line(_Part, kw_only=True):
     message_details: list[_DetailPart] | None = None
 
 
-class _PlainLine(_Part, kw_only=True):
+class _PlainLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     session_id: str
     messages: list[dict[str, Any]]
 
@@ -177,8 +174,13 @@ def _document_part(document: Document) -> _DocumentPart:
 
 _decode_line: Final = msgspec.json.Decoder(_Line).decode
 _AT: Final = re.compile(r" - at `\$\.?(.*)`$")
-_MISSING: Final = re.compile(r"Object missing required field `(.*)`")
-_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`")
+_WORDS: Final = (
+    (re.compile(r"Object missing required field `(.*)`"), "is missing"),
+    (
+        re.compile(r"Object contains unknown field `(.*)`"),
+        "is not a key that can stand here; what it holds would be lost, so take it out",
+    ),
+)
 
 
 def parse_line(data: bytes, now: datetime) -> Archive:
@@ -191,7 +193,7 @@ def parse_line(data: bytes, now: datetime) -> Archive:
     """
     try:
         line = _decode_line(data)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeError):
         line = _explained(data)
     created_at = line.created_at or now
     messages = [parse_message(f"messages[{index}]", each) for index, each in enumerate(line.messages)]
@@ -242,10 +244,9 @@ def _placed(message: str) -> tuple[str, str]:
     at = _AT.search(message)
     path = at[1] if at else ""
     problem = _AT.sub("", message)
-    if key := _MISSING.fullmatch(problem) or _UNKNOWN.fullmatch(problem):
-        path = f"{path}.{key[1]}" if path else key[1]
-        known = "missing" in problem
-        problem = "is missing" if known else "unknown key; what it holds would be lost, so take it out or rename it"
+    for pattern, words in _WORDS:
+        if key := pattern.fullmatch(problem):
+            return f"{path}.{key[1]}".lstrip("."), words
     return path or "line", problem
 
 

@@ -46,6 +46,8 @@ def check_archive(archive: Archive) -> Archive:
 
 
 def _check_seqs(archive: Archive) -> None:
+    if archive.seqs is not None and len(archive.seqs) != len(archive.messages):
+        raise InvalidInput("message_details", f"has {len(archive.seqs)} seqs for {len(archive.messages)} messages")
     last = 0
     for index, seq in enumerate(archive.seqs or ()):
         if check_seq(f"message_details[{index}].seq", seq) <= last:

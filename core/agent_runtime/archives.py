@@ -1,14 +1,14 @@
 """Reading sessions whole, and putting whole sessions back.
 
-Guarantees: an archive shows a session at one moment. A session that is restored is checked from end to end before any of
-it is there. Then it is one change, unless it is large: the first change creates it with all it has but messages, others
-bring these, in order. So whatever interrupts it leaves a session with the first of its messages, and restoring it again
-appends the missing ones. What is there already is never altered.
+Guarantees: an archive shows a session at one moment. A session that is restored is checked from end to end before any
+of it is there. Then it is one change, unless it is large: the first change creates it with all it has and the first of
+its messages, others append the rest. So whatever interrupts that, restoring it again appends what is missing. What is
+there already is never altered.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -18,25 +18,27 @@ from msgspec import Raw
 
 from .archive import Archive
 from .archive_check import check_archive
-from .changes import encode_change
+from .changes import encode_change, encoded_message
 from .door import CREATION_SCOPE, Door
 from .errors import InvalidInput, SessionExists, SessionNotFound
-from .plans import TITLE_CHARS_MAX, Planner, Stale
-from .reads import Reads
-from .records import Document, Message, NewMessage
+from .plans import Planner, Stale
+from .reads import Reads, document_record, read_message
+from .records import AgentSwitch, Message, NewMessage
 from .residents import Resident
+from .rows import DocumentRow, SwitchRow
 from .session import PAGE_ITEMS_MAX, Hooks
+from .storage import Snapshot
 from .validation import check_id, check_message, parse_message
 
 __all__ = ["Archives", "Restored"]
 
 Restored: TypeAlias = Literal["created", "resumed", "unchanged"]
 
-_ALL: Final = 2**31 - 2
 _PART_MESSAGES: Final = 500
 _PART_BYTES: Final = 4 * 1024 * 1024
 _MARGIN_BYTES: Final = 4096  # more than what a change takes of the budget besides what is in it
-_TURN: Final = 20  # messages between two yields to the loop
+_PAGE: Final = 200  # messages that are read between two yields to the loop
+_TURN: Final = 20  # messages that are checked and encoded between two
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -72,55 +74,10 @@ class Archives:
             resident = await self._door.locate(session_id)
             if resident is None or resident.deleted:
                 raise SessionNotFound(session_id)
-            incarnation, sequence = resident.incarnation, resident.sequence
-            try:
-                archive = await self._gather(resident)
-                resident = await self._door.resident(session_id, incarnation)
-            except SessionNotFound:
-                continue  # deleted meanwhile, perhaps made anew
-            if resident.sequence == sequence:
-                return archive
-
-    async def _gather(self, resident: Resident) -> Archive:
-        """All that a session has, if it does not change meanwhile."""
-        session_id, incarnation = resident.session_id, resident.incarnation
-        record, context, next_seq = resident.record(), resident.agent_context(), resident.next_seq
-        switches = await self._reads.switches(session_id, incarnation)
-        documents = [document async for document in self._documents(resident)]
-        messages = (await self._reads.messages(session_id, incarnation, after=None, limit=_ALL, order="asc")).items
-        return Archive(
-            session_id=session_id,
-            user_id=record.user_id,
-            title=record.title,
-            description=record.description,
-            metadata=record.metadata,
-            created_at=record.created_at,
-            last_activity=record.last_activity,
-            context=context,
-            switches=switches,
-            documents=documents,
-            next_seq=next_seq,
-            messages=[_new_message(message) for message in messages],
-            seqs=[message.seq for message in messages],
-        )
-
-    async def _documents(self, resident: Resident) -> AsyncIterator[Document]:
-        """All documents, in order of collection and key."""
-        session_id, incarnation = resident.session_id, resident.incarnation
-        async with self._door.view(resident) as snapshot:
-            collections = set(await snapshot.collections(incarnation))
-            collections.update(document.collection for change in resident.changes for document in change.documents)
-        for collection in sorted(collections):
-            cursor: str | None = None
-            while True:
-                page = await self._reads.documents(
-                    session_id, incarnation, collection, cursor=cursor, limit=PAGE_ITEMS_MAX
-                )
-                for document in page.items:
-                    yield document
-                cursor = page.next
-                if cursor is None:
-                    break
+            async with self._door.view(resident) as snapshot:
+                rows = await _rows_of(snapshot, resident.incarnation)
+                if not resident.deleted:  # meanwhile; then perhaps there is another one
+                    return _laid_over(resident, rows)
 
     # Restoring
 
@@ -233,8 +190,8 @@ class Archives:
         if size + _MARGIN_BYTES > self._bytes_max:
             raise InvalidInput(
                 path,
-                f"must go in at once, with {size} bytes, which is more than write_behind.pending_bytes_max allows "
-                f"({self._bytes_max}): raise it",
+                f"takes {size} bytes that go in at once or not at all; for that, write_behind.pending_bytes_max "
+                f"({self._bytes_max}) is too small",
             )
 
     async def _checked(self, archive: Archive) -> Archive:
@@ -256,6 +213,75 @@ class Archives:
                 raise InvalidInput(f"{path}.{error.path}" if error.path else path, error.problem) from None
         check_message(path, message)
         return message
+
+
+class _Rows(NamedTuple):
+    """What the database has of a session besides its head."""
+
+    messages: list[tuple[int, NewMessage]]
+    switches: dict[int, SwitchRow]
+    documents: dict[tuple[str, str], DocumentRow]
+
+
+async def _rows_of(snapshot: Snapshot, incarnation: str) -> _Rows:
+    switches = {row.number: row for row in await snapshot.switches(incarnation)}
+    documents: dict[tuple[str, str], DocumentRow] = {}
+    for collection in await snapshot.collections(incarnation):
+        key = ""
+        while page := await snapshot.documents(incarnation, collection, after=key, limit=PAGE_ITEMS_MAX):
+            documents.update(((collection, row.key), row) for row in page)
+            key = page[-1].key
+    messages: list[tuple[int, NewMessage]] = []
+    seq = 0
+    while rows := await snapshot.messages(incarnation, after=seq, limit=_PAGE):
+        messages.extend(_numbered(encoded_message(row)) for row in rows)
+        seq = rows[-1].seq
+    return _Rows(messages, switches, documents)
+
+
+def _laid_over(resident: Resident, rows: _Rows) -> Archive:
+    """The session as it is now: what of the rows still holds, and what memory has besides (see reads.py)."""
+    removed: set[int] = set()
+    for change in resident.changes:
+        removed.update(change.removed)
+        rows.switches.update((row.number, row) for row in change.switches)
+        rows.documents.update(((row.collection, row.key), row) for row in change.documents)
+        for place in change.discarded:
+            rows.documents.pop(place, None)
+    low, high = resident.floor, resident.tail_from
+    messages = [(seq, message) for seq, message in rows.messages if low < seq <= high and seq not in removed]
+    messages += map(_numbered, resident.tail)
+    record = resident.record()
+    return Archive(
+        session_id=record.session_id,
+        user_id=record.user_id,
+        title=record.title,
+        description=record.description,
+        metadata=record.metadata,
+        created_at=record.created_at,
+        last_activity=record.last_activity,
+        context=resident.agent_context(),
+        switches=[_switch(rows.switches[number]) for number in sorted(rows.switches)],
+        documents=[document_record(rows.documents[place]) for place in sorted(rows.documents)],
+        next_seq=resident.next_seq,
+        messages=[message for _, message in messages],
+        seqs=[seq for seq, _ in messages],
+    )
+
+
+def _switch(row: SwitchRow) -> AgentSwitch:
+    return AgentSwitch(
+        from_agent=row.from_agent,
+        to_agent=row.to_agent,
+        reason=row.reason,
+        switched_at=row.switched_at,
+        metadata=None if row.metadata is None else msgspec.json.decode(row.metadata),
+    )
+
+
+def _numbered(encoded: Raw | bytes) -> tuple[int, NewMessage]:
+    message = read_message(encoded)
+    return message.seq, _new_message(message)
 
 
 def _new_message(message: Message) -> NewMessage:

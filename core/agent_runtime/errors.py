@@ -11,6 +11,7 @@
     ├── Quarantined               a change waited for can never be stored as it is
     ├── StorageError
     │   ├── StorageUnavailable    try again: the database is away, busy or shutting down
+    │   │   └── DrainIncomplete   closed with changes that could not be stored
     │   ├── StorageFatal          trying again can't help: corrupt, too new, credentials
     │   ├── ChangeRejected        (storage → scheduler) this batch holds a change that can never apply
     │   └── SequenceMismatch      (storage → scheduler) the database stands at another sequence
@@ -37,6 +38,7 @@ __all__ = [
     "AgentRuntimeError",
     "ChangeRejected",
     "ConfigError",
+    "DrainIncomplete",
     "DurabilityNotReached",
     "IdempotencyConflict",
     "InvalidInput",
@@ -172,6 +174,16 @@ class StorageError(AgentRuntimeError):
 
 class StorageUnavailable(StorageError):
     """The database is away, busy or shutting down. Trying again may help, and the scheduler does."""
+
+
+class DrainIncomplete(StorageUnavailable):
+    """The runtime is closed, and `changes` acknowledged changes could not be stored in time."""
+
+    def __init__(self, changes: int, reason: str) -> None:
+        super().__init__(
+            f"{changes} change(s) could not be stored before the stop and, without a journal, are lost: {reason}"
+        )
+        self.changes = changes
 
 
 class StorageFatal(StorageError):

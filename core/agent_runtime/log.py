@@ -45,6 +45,7 @@ class Log:
 
     @property
     def watermarks(self) -> Watermarks:
+        """How far the log has come."""
         return Watermarks(accepted=self.accepted, journaled=None, synced=None, stored=self.stored)
 
     @property

@@ -300,8 +300,8 @@ class PluginManager:
     # -- calling ------------------------------------------------------------------------------------------------------
 
     def calls(self, hook: str) -> Sequence[HookCall]:
-        """Every implementation of a hook, in the order in which they are called."""
-        return self._calls[hook]
+        """Every implementation of a hook, in the order in which they are called; none if nobody specifies it."""
+        return self._calls.get(hook, ())
 
     def results(self, hook: str, **arguments: object) -> Iterator[tuple[str, Any]]:
         """Call a hook, plugin by plugin: the name of each, and what it returns.
@@ -309,7 +309,7 @@ class PluginManager:
         Raises:
             PluginError: a plugin failed.
         """
-        for call in self._calls[hook]:
+        for call in self.calls(hook):
             try:
                 result = call(arguments)
             except Exception as error:

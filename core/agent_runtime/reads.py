@@ -205,9 +205,9 @@ class Reads:
                     break
                 await span.read_older(limit + 1)
             self._check(resident)
+            found += map(read_message, resident.tail[:end])
             if before is None:
                 self._warm(resident, span)
-            found += map(read_message, resident.tail[:end])
             return found[: -limit - 2 : -1]
 
     async def message(self, session_id: str, incarnation: str, seq: int) -> Message | None:
@@ -250,13 +250,13 @@ class Reads:
                 if span.more and limit is None:
                     continue
                 if span.more and not resident.lead_known:
-                    lead = leading_message(await self._first(snapshot, resident))
-                    before = resident.bytes
-                    resident.learn_lead(None if lead is None else Raw(msgspec.json.encode(lead)))
-                    self._door.residents.resize(resident, before)
+                    self._learn_lead(resident, await self._first(snapshot, resident))
                     await span.read_older(1)
                 self._check(resident)
-                history = self._history(resident, span.visible(), limit, at_start=not span.more)
+                whole = not span.more or resident.tail_from <= resident.floor
+                if not whole and not resident.lead_known:
+                    continue  # it was removed meanwhile
+                history = self._history(resident, span.visible(), limit, at_start=whole)
                 if history is not None:
                     self._warm(resident, span)
                     return finish(history)
@@ -272,6 +272,16 @@ class Reads:
             if resident.floor == floor and (left or len(rows) < count):
                 return _message(left[0]) if left else None
 
+    def _learn_lead(self, resident: Resident, first: Message | None) -> None:
+        """`first` is the first message below the tail; None: there is none, so the tail begins the history."""
+        before = resident.bytes
+        if first is None:
+            resident.warm([], [], tail_from=resident.floor)
+        else:
+            lead = leading_message(first)
+            resident.learn_lead(None if lead is None else Raw(msgspec.json.encode(lead)))
+        self._door.residents.resize(resident, before)
+
     @staticmethod
     def _history(
         resident: Resident, older: list[Message], limit: int | None, *, at_start: bool
@@ -285,7 +295,7 @@ class Reads:
         async with self._door.view(resident) as snapshot:
             span = _Span(snapshot, resident)
             while span.more and not resident.tail and not span.visible():
-                await span.read_older(max(1, self._tail_messages // 4))
+                await span.read_older(max(1, self._tail_messages // 4) + len(_removed(resident)))
             self._check(resident)
             self._warm(resident, span)
 

@@ -140,6 +140,7 @@ class Resident:
 
     @property
     def key(self) -> SessionKey:
+        """The session's place in lists."""
         return SessionKey(self.created_at, self.incarnation)
 
     @property
@@ -149,6 +150,7 @@ class Resident:
         yield from self.pending
 
     def record(self) -> Session:
+        """The session's record, for callers."""
         return Session(
             session_id=self.session_id,
             user_id=self.user_id,
@@ -162,6 +164,7 @@ class Resident:
         )
 
     def agent_context(self) -> AgentContext:
+        """Which agent holds the session, for callers."""
         context = self.context
         return AgentContext(
             session_id=self.session_id,
@@ -447,7 +450,7 @@ class Residents:
         return view
 
     def close_view(self, view: View) -> None:
-        """A read has ended. Its session stays for now, however little room there is: the reader may be about to use it."""
+        """A read has ended. Its session stays for now, however little room there is: the reader may still use it."""
         view.ended = True
         while self._views and self._views[0].ended:
             self._views.popleft()

@@ -23,7 +23,7 @@ from .archives import Archives
 from .budget import Budget
 from .config import Config
 from .door import CREATION_SCOPE, Door, Plan
-from .errors import DurabilityNotReached, LeaseLost, PluginError, SessionNotFound, StorageUnavailable
+from .errors import DrainIncomplete, DurabilityNotReached, LeaseLost, PluginError, SessionNotFound, StorageUnavailable
 from .identifiers import Identifiers, utc_now
 from .lease import LeaseKeeper, claim_of
 from .log import Log
@@ -347,10 +347,10 @@ class Runtime:
         if self._fenced is not None:
             raise self._fenced
         if left:
-            raise StorageUnavailable(left)
+            raise left
 
-    async def _drain(self, drained: anyio.Event) -> str | None:
-        """Store what is left, as far as the budget goes. Returns what to say of what could not be stored."""
+    async def _drain(self, drained: anyio.Event) -> DrainIncomplete | None:
+        """Store what is left, as far as the budget goes. Returns the error for what could not be stored."""
         self._scheduler.stop()
         if self._fenced is None:
             with anyio.move_on_after(self.config.write_behind.drain_timeout_s, shield=True):
@@ -362,10 +362,7 @@ class Runtime:
         pending = self._scheduler.pending_changes
         if not pending:
             return None
-        left = (
-            f"{pending} change(s) could not be stored before the stop and, without a journal, are lost: "
-            f"{self._scheduler.figures.last_error or 'the drain took too long'}"
-        )
+        left = DrainIncomplete(pending, self._scheduler.figures.last_error or "the drain took too long")
         logger.error("%s", left)
         return left
 
@@ -406,7 +403,7 @@ async def open_runtime(
         ConfigError, PluginError: nothing was opened.
         LeaseHeld: another runtime has this database open.
         StorageError: the database can't be opened.
-        StorageUnavailable: at the end, when changes could not be stored within `drain_timeout_s`.
+        DrainIncomplete: at the end, when changes could not be stored within `drain_timeout_s`.
         LeaseLost: at the end, when another runtime took over.
     """
     if isinstance(config, str):

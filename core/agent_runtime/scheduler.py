@@ -48,9 +48,14 @@ _PURGE_INTERVAL_S: Final = 3600.0
 class Observers(Protocol):
     """Who is told of what happens to batches; never raises."""
 
-    def batch_stored(self, receipt: Receipt) -> None: ...
-    def flush_failed(self, batch: Batch, error: Exception, attempt: int) -> None: ...
-    def change_quarantined(self, change: Change, error: Exception) -> None: ...
+    def batch_stored(self, receipt: Receipt) -> None:
+        """A batch is in the database."""
+
+    def flush_failed(self, batch: Batch, error: Exception, attempt: int) -> None:
+        """The `attempt`-th try to store a batch failed."""
+
+    def change_quarantined(self, change: Change, error: Exception) -> None:
+        """A change goes to quarantine."""
 
 
 class Pending(NamedTuple):
@@ -124,6 +129,7 @@ class Scheduler:
 
     @property
     def pending_changes(self) -> int:
+        """How many changes are not stored."""
         return len(self._pending)
 
     @property

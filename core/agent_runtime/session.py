@@ -68,7 +68,8 @@ class Hooks(Protocol):
     def appending(self) -> bool:
         """Whether any plugin looks at messages at all."""
 
-    def before_append(self, session_id: str, message: NewMessage) -> NewMessage: ...
+    def before_append(self, session_id: str, message: NewMessage) -> NewMessage:
+        """The message as the plugins leave it. Raises InvalidInput when one of them refuses it."""
 
 
 def request_for(key: str | None, route: str, arguments: object, read_outcome: Callable[[str], T]) -> Request[T] | None:
@@ -173,7 +174,7 @@ class SessionHandle:
         if "description" in patch:
             text = patch["description"]
             given["description"] = None if text is None else check_text("description", text, DESCRIPTION_CHARS_MAX)
-        metadata: Mapping[str, Any] | None | UnsetType = UNSET
+        metadata: Mapping[str, Any] | UnsetType | None = UNSET
         if "metadata" in patch:
             metadata = patch["metadata"]
             metadata = None if metadata is None else json_object("metadata", metadata)

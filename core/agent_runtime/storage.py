@@ -185,6 +185,9 @@ class Snapshot(Protocol):
     ) -> Sequence[DocumentRow]:
         """Documents of a collection whose key, by code points, comes after `after`, in order of key."""
 
+    async def collections(self, incarnation: str) -> Sequence[str]:
+        """The collections in which the session has documents, in order by code points."""
+
     async def sessions(
         self, *, user_id: str | None = None, after: SessionKey | None = None, limit: int, order: Order = "asc"
     ) -> Sequence[SessionRow]:

@@ -145,6 +145,7 @@ def check_text(path: str, value: object, chars_max: int) -> str:
 
 
 def check_label(path: str, value: object) -> str:
+    """What others named: 1 to 255 characters, without NUL and lone surrogates."""
     text = check_text(path, value, ID_CHARS_MAX)
     if not text:
         _refuse(path, "must not be empty")

@@ -24,6 +24,8 @@ _QUOTED: Final = re.compile(r"""'[^']*'|"[^"]*\"""")
 
 
 class YamlError(Exception):
+    """What is wrong with a document, and in which line."""
+
     def __init__(self, line: int, problem: str) -> None:
         super().__init__(line, problem)
         self.line = line
@@ -31,6 +33,7 @@ class YamlError(Exception):
 
     @classmethod
     def of(cls, error: yaml.MarkedYAMLError) -> YamlError:
+        """The error of a parser, without what the document says."""
         mark = error.problem_mark or error.context_mark
         # PyYAML quotes tokens and single characters, but also names from the text, and those may be of a secret.
         problem = _QUOTED.sub(lambda it: it[0] if len(it[0]) < 4 or it[0][1] in "<\\" else "…", error.problem or "")

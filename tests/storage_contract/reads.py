@@ -79,6 +79,18 @@ class ReadContract(StorageContract):
                 assert list(rows) == [document_row("a", "n", key) for key in KEYS]
                 assert not await snapshot.documents("a", "never", limit=1)
 
+    async def test_collections_that_have_documents_in_order_of_code_points(self, opener: Opener) -> None:
+        async with writing(opener) as writer:
+            await writer.create("a")
+            await writer.create("b")
+            await writer.apply(documents=tuple(document_row("a", name, key) for name in KEYS[::-1] for key in "xy"))
+            await writer.apply(documents=(document_row("b", "only", "x"), document_row("b", "gone", "x")))
+            await writer.apply(discarded=(("b", "gone", "x"),))
+            async with writer.storage.snapshot() as snapshot:
+                assert list(await snapshot.collections("a")) == KEYS
+                assert list(await snapshot.collections("b")) == ["only"]
+                assert not await snapshot.collections("never")
+
     async def test_sessions_by_creation_and_incarnation(self, opener: Opener) -> None:
         """Many share a time, and the order of incarnations is not that of creation."""
         sessions = [

@@ -113,6 +113,9 @@ class _FaultySnapshot:
             "documents", lambda: self._inner.documents(incarnation, collection, after=after, limit=limit)
         )
 
+    async def collections(self, incarnation: str) -> Sequence[str]:
+        return await self._faults.call("collections", lambda: self._inner.collections(incarnation))
+
     async def sessions(
         self, *, user_id: str | None = None, after: SessionKey | None = None, limit: int, order: Order = "asc"
     ) -> Sequence[SessionRow]:

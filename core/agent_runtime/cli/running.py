@@ -1,0 +1,101 @@
+"""Opening the sessions for a command, and closing them whatever happens.
+
+Ctrl-C and SIGTERM cancel the work; what was changed by then is stored before the command ends. A second one ends it at
+once.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import anyio
+from anyio.abc import TaskStatus
+
+from ..config import Config, known_keys
+from ..errors import AgentRuntimeError, ConfigError, InvalidInput
+from ..runtime import Runtime, open_runtime
+from .exits import LEFT, SIGNALLED, Failure, failure_of
+
+__all__ = ["run", "with_place"]
+
+T = TypeVar("T")
+
+
+def run(config: Config, work: Callable[[Runtime], Awaitable[T]]) -> T:
+    """Open the sessions, do the work, store everything, close.
+
+    Raises:
+        Failure: it was interrupted, or changes are left that could not be stored.
+        Exception: what opening, the work, or closing raised.
+    """
+    return _Run(config, work).run()
+
+
+class _Run(Generic[T]):
+    def __init__(self, config: Config, work: Callable[[Runtime], Awaitable[T]]) -> None:
+        self._config = config
+        self._work = work
+        self._runtime: Runtime | None = None
+        self._results: list[T] = []
+        self._error: Exception | None = None
+        self._signal: signal.Signals | None = None
+
+    def run(self) -> T:
+        anyio.run(self._watched)
+        runtime, error = self._runtime, self._error
+        left = 0 if runtime is None else runtime.watermarks.accepted - runtime.watermarks.stored
+        if left:
+            lines = failure_of(error).lines if error is not None else (f"{left} change(s) could not be stored",)
+            raise Failure(*lines, code=LEFT) from error
+        if error is not None:
+            raise error
+        if self._signal is not None:
+            raise Failure("interrupted; everything done before is stored", code=SIGNALLED + self._signal)
+        return self._results[0]
+
+    async def _watched(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(self._watch, tasks.cancel_scope)
+            try:
+                await self._opened()
+            except Exception as error:  # noqa: BLE001 — kept out of the task group's exception group, raised by run()
+                self._error = error
+            tasks.cancel_scope.cancel()
+
+    async def _watch(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                self._signal = number
+                break
+        scope.cancel()
+
+    async def _opened(self) -> None:
+        try:
+            async with open_runtime(self._config) as runtime:
+                self._runtime = runtime
+                self._results.append(await self._work(runtime))
+        except AgentRuntimeError as error:
+            if self._runtime is not None:
+                raise
+            raise with_place(error, self._config) from error
+
+
+def with_place(error: AgentRuntimeError, config: Config) -> AgentRuntimeError:
+    """The error; if it names keys of the configuration, with the places where they are set."""
+    match error:
+        case ConfigError():
+            return ConfigError([_placed(problem, config) for problem in error.problems])
+        case InvalidInput():
+            return ConfigError([_placed(str(error), config)])
+        case _:
+            return error
+
+
+def _placed(problem: str, config: Config) -> str:
+    for key in known_keys():
+        if problem.startswith((f"{key}:", f"{key}.")) and config.origin(key) not in ("default", "option"):
+            return f"{config.origin(key)}: {problem}"
+    return problem

@@ -1,0 +1,190 @@
+"""`agent-runtime sessions …`: a look at what is stored, and its deletion."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Annotated
+
+import anyio
+import typer
+
+from ..errors import SessionNotFound
+from ..records import Message, Session
+from ..runtime import Runtime
+from ..session import PAGE_ITEMS_MAX, SessionHandle
+from .conversation import Line, head_lines, message_lines, switch_lines
+from .exits import FAILED, USAGE, Failure, tell
+from .options import AsJson, ConfigFile, StorageUrl, load
+from .running import run
+from .terminal import console, is_terminal, output_is_terminal, write
+from .text import json_line, moment, visible
+
+__all__ = ["app"]
+
+app = typer.Typer(help="List, show and delete sessions.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_sessions(
+    user: Annotated[
+        str | None, typer.Option("--user", metavar="ID", help="Only the sessions of this user.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most so many; default: all.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    config_file: ConfigFile = None,
+    storage: StorageUrl = None,
+) -> None:
+    """List sessions, the newest first.
+
+    On a terminal as a table; elsewhere a line each, with tabs between id, user, title, messages and last activity;
+    with --json a JSON object a line.
+    """
+    run(load(config_file, storage), partial(_list, user=user, limit=limit, as_json=as_json))
+
+
+async def _list(runtime: Runtime, *, user: str | None, limit: int | None, as_json: bool) -> None:
+    cursor: str | None = None
+    listed = 0
+    while limit is None or listed < limit:
+        count = PAGE_ITEMS_MAX if limit is None else min(limit - listed, PAGE_ITEMS_MAX)
+        page = await runtime.list_sessions(user_id=user, limit=count, cursor=cursor)
+        if as_json:
+            await write("".join(map(json_line, page.items)))
+        elif output_is_terminal():
+            await anyio.to_thread.run_sync(_print_table, page.items)
+        else:
+            await write("".join(map(_tabbed, page.items)))
+        listed += len(page.items)
+        cursor = page.next
+        if cursor is None:
+            return
+
+
+def _print_table(sessions: list[Session]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, expand=True)
+    table.add_column("session", overflow="fold")
+    table.add_column("user", overflow="fold")
+    table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("messages", justify="right")
+    table.add_column("last activity", no_wrap=True)
+    for it in sessions:
+        texts = (it.session_id, it.user_id or "", it.title or "", str(it.message_count), moment(it.last_activity))
+        table.add_row(*map(visible, texts))
+    console(sys.stdout).print(table if sessions else "no sessions")
+
+
+def _tabbed(it: Session) -> str:
+    last_activity = it.last_activity.isoformat().replace("+00:00", "Z")
+    texts = (it.session_id, it.user_id or "", it.title or "", str(it.message_count), last_activity)
+    return "\t".join(map(visible, texts)) + "\n"
+
+
+@app.command("show")
+def show_session(
+    session_id: Annotated[str, typer.Argument(metavar="ID", help="The session.", show_default=False)],
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only so many of the newest messages.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    config_file: ConfigFile = None,
+    storage: StorageUrl = None,
+) -> None:
+    """Show a session: what is known of it, which agents had it, and the conversation.
+
+    With --json as one JSON object with the keys session, context, switches and messages.
+    """
+    run(load(config_file, storage), partial(_show, session_id=session_id, limit=limit, as_json=as_json))
+
+
+async def _show(runtime: Runtime, *, session_id: str, limit: int | None, as_json: bool) -> None:
+    session = await runtime.get_session(session_id)
+    record, context, switches = await session.record(), await session.context(), await session.switches()
+    newest = None if limit is None else await _newest(session, limit)
+    if as_json:
+        messages = newest if newest is not None else [message async for message in session.scan_messages()]
+        found = {"session": record, "context": context, "switches": switches, "messages": messages}
+        await write(json_line(found))
+        return
+    await _print([*head_lines(record, context), *switch_lines(switches)])
+    if newest is not None:
+        await _print([line for message in newest for line in message_lines(message)])
+        return
+    after: int | None = None
+    while True:
+        page = await session.messages(after=after, limit=100)
+        await _print([line for message in page.items for line in message_lines(message)])
+        after = page.next
+        if after is None:
+            return
+
+
+async def _newest(session: SessionHandle, limit: int) -> list[Message]:
+    """The newest messages, the oldest of them first."""
+    newest: list[Message] = []
+    after: int | None = None
+    while len(newest) < limit:
+        page = await session.messages(after=after, limit=min(limit - len(newest), PAGE_ITEMS_MAX), order="desc")
+        newest += page.items
+        after = page.next
+        if after is None:
+            break
+    return newest[::-1]
+
+
+async def _print(lines: list[Line]) -> None:
+    if output_is_terminal():
+        await anyio.to_thread.run_sync(_print_styled, lines)
+    else:
+        await write("".join((" " * line.indent + line.text).rstrip() + "\n" for line in lines))
+
+
+def _print_styled(lines: list[Line]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    terminal = console(sys.stdout)
+    for line in lines:
+        terminal.print(Padding(Text(line.text, line.style), (0, 0, 0, line.indent), expand=False))
+
+
+@app.command("delete")
+def delete_sessions(
+    session_ids: Annotated[list[str], typer.Argument(metavar="ID", help="The sessions.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    config_file: ConfigFile = None,
+    storage: StorageUrl = None,
+) -> None:
+    """Delete sessions with all they have. Asks first; without a terminal to ask on, --yes is needed."""
+    config = load(config_file, storage)
+    if not yes:
+        if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+            raise Failure("there is no terminal to ask on: say --yes to delete without a question", code=USAGE)
+        # Asked before the database is opened: nobody else could open it while we wait for an answer.
+        what = f"session {session_ids[0]!r}" if len(session_ids) == 1 else f"{len(session_ids)} sessions"
+        if not typer.confirm(f"Delete {visible(what)} with all messages?", err=True):
+            raise Failure("nothing is deleted")
+    missing = run(config, partial(_delete, session_ids=list(dict.fromkeys(session_ids))))
+    if missing:
+        raise typer.Exit(FAILED)
+
+
+async def _delete(runtime: Runtime, *, session_ids: list[str]) -> int:
+    """Delete what is there, all or nothing of each. Returns how many are not."""
+    deleted: list[str] = []
+    missing = 0
+    for session_id in session_ids:
+        try:
+            await (await runtime.get_session(session_id)).delete(durability="buffered")
+        except SessionNotFound as error:
+            tell(str(error))
+            missing += 1
+        else:
+            deleted.append(session_id)
+    await runtime.flush()
+    await write("".join(f"deleted {visible(session_id)}\n" for session_id in deleted))
+    return missing

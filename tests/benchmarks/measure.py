@@ -1,0 +1,85 @@
+"""Measuring side by side: the sides of a ratio take turns in one run, so that what else the machine does strikes both.
+
+Only ratios of medians have targets. The times beside them are for the reader, and are of this machine at that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from statistics import median
+from time import perf_counter
+from typing import Final, TypeAlias
+
+__all__ = ["Side", "compare", "figure", "percentile", "seconds", "side_by_side"]
+
+Side: TypeAlias = Callable[[], Awaitable[float]]
+"""Does something once, and tells what is compared of it: mostly the seconds that it took."""
+
+_UNITS: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+_ATTEMPTS: Final = 4
+
+
+async def seconds(call: Awaitable[object]) -> float:
+    """The seconds that a call takes."""
+    started = perf_counter()
+    await call
+    return perf_counter() - started
+
+
+async def side_by_side(rounds: int, *sides: Side) -> list[list[float]]:
+    """What each side gave in each round. Who goes first changes from round to round."""
+    samples: list[list[float]] = [[] for _ in sides]
+    order = list(range(len(sides)))
+    for _ in range(rounds):
+        for index in order:
+            samples[index].append(await sides[index]())
+        order.append(order.pop(0))
+    return samples
+
+
+async def compare(
+    name: str,
+    side: Side,
+    reference: Side,
+    *,
+    rounds: int,
+    unit: str = "s",
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> None:
+    """Print the ratio of the medians of two sides, and fail when it misses its target.
+
+    A first round, to warm up, does not count. While the target is missed there are more rounds, a few times as many: it
+    is met or missed by the medians of all.
+    """
+    target = f"≤ {at_most:g}" if at_most is not None else f"≥ {at_least:g}" if at_least is not None else "figure"
+    await side_by_side(1, side, reference)
+    samples: list[list[float]] = [[], []]
+    for _ in range(_ATTEMPTS):
+        for sample, more in zip(samples, await side_by_side(rounds, side, reference), strict=True):
+            sample.extend(more)
+        over, under = map(median, samples)
+        ratio = over / under
+        met = (at_most is None or ratio <= at_most) and (at_least is None or ratio >= at_least)
+        if met:
+            break
+    print(f"\n  {ratio:8.2f}  {target:8} {name}  ({_shown(over, unit)} / {_shown(under, unit)})", end="")
+    assert met, f"{name}: {ratio:.2f}, the target is {target}"
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The sample that `percent` of all do not exceed."""
+    return sorted(samples)[min(len(samples) - 1, int(len(samples) * percent / 100))]
+
+
+def figure(name: str, value: float, unit: str = "") -> None:
+    """Print a figure that has no target."""
+    shown = f"{value:.2f}" if not unit else _shown(value, unit)
+    print(f"\n  {shown:>8}  {'figure':8} {name}", end="")
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit != "s":
+        return f"{value:,.0f} {unit}"
+    size, name = next(((size, name) for size, name in _UNITS if abs(value) >= size), _UNITS[-1])
+    return f"{value / size:.3g} {name}"

@@ -1,0 +1,425 @@
+"""The same key with the same arguments gives the first call's result again, and has its effect once."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from agent_runtime import (
+    DurabilityNotReached,
+    IdempotencyConflict,
+    InvalidInput,
+    Message,
+    NewMessage,
+    Overloaded,
+    Runtime,
+    SessionExists,
+    SessionHandle,
+    SessionNotFound,
+    StorageUnavailable,
+    door,
+    hookimpl,
+)
+from agent_runtime.residents import OUTCOMES_MAX
+from agent_runtime.storage import Snapshot, Storage, StorageConfig, StorageFactory
+from agent_runtime.testing import Faults, FaultyStorage, faulty_plugin
+from agent_runtime_memory import MemoryDatabase
+from places import Place, everything, forget, in_file, place_fixture
+from writes import WRITE_IDS, WRITES, Write, begin
+
+pytestmark = pytest.mark.anyio
+
+place = place_fixture()
+memory = place_fixture(("memory",))
+
+
+async def all_there_is(runtime: Runtime) -> list[Any]:
+    """What every session shows."""
+    handles = [await runtime.get_session(record.session_id) async for record in runtime.scan_sessions()]
+    return [await everything(handle, "c") for handle in handles]
+
+
+def shown(result: object) -> object:
+    """A result, so that two handles of one session are equal."""
+    return (result.session_id, result.incarnation) if isinstance(result, SessionHandle) else result
+
+
+def rows(place: Place, query: str) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(place.path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("write", WRITES, ids=WRITE_IDS)
+async def test_a_repeated_write_gives_the_first_result_and_does_nothing(place: Place, write: Write) -> None:
+    async with place.open() as runtime:
+        session = await begin(runtime)
+        if write.method == "create_session":
+            assert shown(await session.append("user", "hi", idempotency_key="k"))  # keys of a session are its own
+        first = shown(await write.call(runtime, session, idempotency_key="k"))
+        before = await all_there_is(runtime)
+
+    async def repeat(runtime: Runtime, session: SessionHandle) -> None:
+        accepted = runtime.watermarks.accepted
+        assert shown(await write.call(runtime, session, idempotency_key="k")) == first
+        assert shown(await write.call(runtime, session, idempotency_key="k", durability="stored")) == first
+        if write.other is not None:
+            with pytest.raises(IdempotencyConflict, match="'k' was used before with another request") as caught:
+                await write.other(runtime, session, idempotency_key="k")
+            assert caught.value.key == "k"
+        creates = write.method in ("create_session", "get_or_create_session")
+        for other in WRITES:
+            if other.method != write.method and other.method.endswith("create_session") == creates:
+                with pytest.raises(IdempotencyConflict):
+                    await other.call(runtime, session, idempotency_key="k")
+        assert runtime.watermarks.accepted == accepted
+        assert await all_there_is(runtime) == before
+
+    async with place.open() as runtime:
+        again = runtime._handle(session.session_id, session.incarnation)  # of a deleted session there is no other way
+        await repeat(runtime, again)
+        forget(runtime)
+        await repeat(runtime, again)
+
+
+@pytest.mark.parametrize("write", WRITES, ids=WRITE_IDS)
+async def test_a_repeated_write_gives_the_first_result_before_it_is_stored(memory: Place, write: Write) -> None:
+    async with memory.open() as runtime:
+        session = await begin(runtime)
+        first = shown(await write.call(runtime, session, idempotency_key="k"))
+        before = await all_there_is(runtime), runtime.watermarks
+        assert shown(await write.call(runtime, session, idempotency_key="k")) == first
+        assert (await all_there_is(runtime), runtime.watermarks) == before
+        assert before[1].stored == 0
+        await runtime.flush()
+        assert shown(await write.call(runtime, session, idempotency_key="k")) == first
+        assert await all_there_is(runtime) == before[0]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_of_50_callers_with_one_key_one_appends(place: Place, cold: bool) -> None:
+    async with place.open() as runtime:
+        session = await runtime.create_session("s1")
+        if cold:
+            await runtime.flush()
+            forget(runtime)
+        results: list[Message] = []
+
+        async def append() -> None:
+            results.append(await session.append("user", "hi", idempotency_key="k"))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(50):
+                tasks.start_soon(append)
+        assert results == [results[0]] * 50
+        assert (await session.messages()).items == [results[0]]
+
+
+async def test_of_50_callers_with_one_key_one_creates(place: Place) -> None:
+    async with place.open() as runtime:
+        results: list[object] = []
+
+        async def create() -> None:
+            results.append(shown(await runtime.create_session(idempotency_key="k")))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(50):
+                tasks.start_soon(create)
+        assert results == [results[0]] * 50
+        assert len((await runtime.list_sessions()).items) == 1
+
+
+class SlowToEnd(FaultyStorage):
+    """A storage whose views take a moment to be given back, as a database's do."""
+
+    @asynccontextmanager
+    async def snapshot(self, partition: int = 0) -> AsyncIterator[Snapshot]:
+        async with super().snapshot(partition) as snapshot:
+            yield snapshot
+            for _ in range(3):
+                await checkpoint()
+
+
+class SlowPlugin:
+    @hookimpl
+    def agent_runtime_storages(self) -> Mapping[str, StorageFactory]:
+        return {"slow": self.open}
+
+    @asynccontextmanager
+    async def open(self, _: StorageConfig) -> AsyncIterator[Storage]:
+        async with MemoryDatabase().open(StorageConfig(url="memory:")) as inner:
+            yield SlowToEnd(inner, Faults())
+
+
+async def test_callers_that_look_a_key_up_at_one_moment_create_once() -> None:
+    async with Place("slow:", SlowPlugin()).open() as runtime:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(lambda: runtime.create_session(idempotency_key="k"))
+        assert runtime.watermarks.accepted == 1
+
+
+async def test_a_key_counts_in_its_session(memory: Place) -> None:
+    async with memory.open() as runtime:
+        first, second = await runtime.create_session(idempotency_key="k"), await runtime.create_session()
+        for session in (first, second):
+            assert (await session.append("user", session.session_id, idempotency_key="k")).seq == 1
+        assert await runtime.get_or_create_session("s3", idempotency_key="other")
+        with pytest.raises(IdempotencyConflict):
+            await runtime.get_or_create_session("s4", idempotency_key="other")
+
+
+async def test_the_order_of_keys_is_no_difference_but_a_type_is(memory: Place) -> None:
+    async with memory.open() as runtime:
+        session = await runtime.create_session("s1")
+        first = await session.append("user", "hi", metadata={"a": 1, "b": [2]}, idempotency_key="k")
+        assert await session.append("user", "hi", metadata={"b": [2], "a": 1}, idempotency_key="k") == first
+        for metadata in ({"a": 1.0, "b": [2]}, {"a": 1}, {}, None):
+            with pytest.raises(IdempotencyConflict):
+                await session.append("user", "hi", metadata=metadata, idempotency_key="k")
+
+
+async def test_the_arguments_count_and_not_what_plugins_make_of_them(memory: Place) -> None:
+    class Numbering:
+        count = 0
+
+        @hookimpl
+        def agent_runtime_before_append(self, message: NewMessage) -> NewMessage:
+            self.count += 1
+            return NewMessage(role=message.role, content=f"{message.content} {self.count}")
+
+    async with memory.open(plugins=[Numbering()]) as runtime:
+        session = await runtime.create_session("s1")
+        first = await session.append("user", "hi", idempotency_key="k")
+        assert await session.append("user", "hi", idempotency_key="k") == first
+        assert (await session.messages()).items == [first]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_failure_is_not_recorded(place: Place) -> None:
+    async with place.open() as runtime:
+        session = await begin(runtime)
+        with pytest.raises(SessionExists):
+            await runtime.create_session("s1", idempotency_key="k")
+        with pytest.raises(InvalidInput):
+            await session.append("user", "a\0", idempotency_key="k")
+        await session.delete()
+        with pytest.raises(SessionNotFound):
+            await session.append("user", "too late", idempotency_key="k")
+        again = await runtime.create_session("s1", idempotency_key="k")
+        assert again.incarnation != session.incarnation
+        assert (await again.append("user", "hi", idempotency_key="k")).seq == 1
+
+
+async def test_a_call_that_found_no_room_may_be_repeated() -> None:
+    faults = Faults()
+    place = Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults))
+    async with place.open(write_behind={"pending_bytes_max": 65_536, "append_timeout_s": 0.01}) as runtime:
+        session = await runtime.create_session("s1", durability="stored")
+        gate = faults.hold("apply")
+        await session.append("user", "x" * 60_000)
+        with pytest.raises(Overloaded):
+            await session.append("user", "y" * 10_000, idempotency_key="k")
+        gate.open()
+        await runtime.flush()
+        message = await session.append("user", "y" * 10_000, idempotency_key="k")
+        assert message.seq == 2
+        assert await session.append("user", "y" * 10_000, idempotency_key="k") == message
+
+
+async def test_many_with_one_key_that_wait_for_room_append_once() -> None:
+    faults = Faults()
+    place = Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults))
+    async with place.open(write_behind={"pending_bytes_max": 65_536}) as runtime:
+        session = await runtime.create_session("s1", durability="stored")
+        gate = faults.hold("apply")
+        await session.append("user", "x" * 60_000)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(lambda: session.append("user", "y" * 10_000, idempotency_key="k"))
+            await anyio.wait_all_tasks_blocked()
+            gate.open()
+        assert (await session.record()).message_count == 2
+        await runtime.flush()
+        assert runtime.status().pending.bytes == 0
+
+
+async def test_a_repeated_call_waits_for_the_level_of_the_first() -> None:
+    faults = Faults()
+    place = Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults))
+    async with place.open(write_behind={"durability_timeout_s": 0.01}) as runtime:
+        session = await runtime.create_session("s1", durability="stored")
+        gate = faults.hold("apply")
+        for _ in range(2):
+            with pytest.raises(DurabilityNotReached) as caught:
+                await session.append("user", "hi", durability="stored", idempotency_key="k")
+            assert caught.value.sequence == 2
+            assert caught.value.outcome == await session.message(1)
+        gate.open()
+        with anyio.fail_after(10):
+            while runtime.watermarks.stored < 2:
+                await anyio.sleep(0.001)
+        message = await session.append("user", "hi", durability="stored", idempotency_key="k")
+        assert (await session.messages()).items == [message]
+
+
+async def test_a_key_whose_outcome_can_not_be_looked_up_is_not_used() -> None:
+    faults = Faults()
+    place = Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults))
+    async with place.open() as runtime:
+        outage = faults.fail("outcome")
+        with pytest.raises(StorageUnavailable):
+            await runtime.create_session("s1", idempotency_key="k")
+        assert runtime.watermarks.accepted == 0
+        outage.stop()
+        session = await runtime.create_session("s1", idempotency_key="k")
+        assert shown(await runtime.create_session("s1", idempotency_key="k")) == shown(session)
+
+
+# --- how long a key lives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_key_outlives_its_message_and_its_session(place: Place, stored: bool) -> None:
+    async with place.open() as runtime:
+
+        async def settle() -> None:
+            if stored:
+                await runtime.flush()
+                forget(runtime)
+
+        session = await runtime.create_session("s1", idempotency_key="create")
+        first = await session.append("user", "first", idempotency_key="first")
+        second = await session.append("user", "second", idempotency_key="second")
+        popped = await session.pop(idempotency_key="pop")
+        await session.clear(idempotency_key="clear")
+        await settle()
+
+        async def repeat() -> None:
+            assert await session.append("user", "first", idempotency_key="first") == first
+            assert await session.append("user", "second", idempotency_key="second") == second
+            assert await session.pop(idempotency_key="pop") == popped == second
+            await session.clear(idempotency_key="clear")
+
+        await repeat()
+        assert (await session.record()).message_count == 0
+        third = await session.append("user", "third")
+        await repeat()
+        assert (await session.messages()).items == [third]
+        await session.put_document("c", "k", 1)
+        assert await session.delete_document("c", "k", idempotency_key="document") is True
+        await session.delete(idempotency_key="delete")
+        await settle()
+        await repeat()
+        assert await session.delete_document("c", "k", idempotency_key="document") is True
+        await session.delete(idempotency_key="delete")
+        assert shown(await runtime.create_session("s1", idempotency_key="create")) == shown(session)
+        with pytest.raises(SessionNotFound):
+            await session.append("user", "new")
+        await runtime.create_session("s1")
+        await repeat()
+        await session.delete(idempotency_key="delete")
+        assert (await (await runtime.get_session("s1")).record()).message_count == 0
+
+
+class Clock:
+    """The door's clock, to be turned on."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._real = runtime._door.now
+        self.ahead = timedelta()
+        runtime._door.now = self
+
+    def __call__(self) -> datetime:
+        return self._real() + self.ahead
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_key_expires_after_24_hours(place: Place, stored: bool) -> None:
+    async with place.open() as runtime:
+        clock = Clock(runtime)
+
+        async def settle() -> None:
+            if stored:
+                await runtime.flush()
+                forget(runtime)
+
+        session = await runtime.create_session("s1")
+        first = await session.append("user", "hi", idempotency_key="k")
+        created = shown(await runtime.create_session(idempotency_key="k"))
+        await settle()
+        clock.ahead = timedelta(hours=23, minutes=59)
+        assert await session.append("user", "hi", idempotency_key="k") == first
+        assert shown(await runtime.create_session(idempotency_key="k")) == created
+        await settle()
+        clock.ahead = timedelta(hours=24, seconds=1)
+        second = await session.append("user", "something else", idempotency_key="k")
+        assert second.seq == 2
+        assert shown(await runtime.create_session(title="x", idempotency_key="k")) != created
+        await settle()
+        assert await session.append("user", "something else", idempotency_key="k") == second
+        with pytest.raises(IdempotencyConflict):
+            await session.append("user", "hi", idempotency_key="k")
+        assert (await session.messages()).items == [first, second]
+
+
+# --- how many keys ----------------------------------------------------------------------------------------------------
+
+
+async def test_more_keys_than_stay_in_memory_all_count(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_CREATIONS_MAX", 8)
+    count = 2 * OUTCOMES_MAX + 10
+    keys = range(0, count, 9)
+    async with place.open() as runtime:
+        session = await runtime.create_session("s1", idempotency_key="s1")
+        messages = [await session.append("user", "hi", idempotency_key=f"k{number}") for number in range(count)]
+        created = [shown(await runtime.create_session(idempotency_key=f"c{number}")) for number in range(20)]
+        for _ in range(2):
+            for number in keys:
+                assert await session.append("user", "hi", idempotency_key=f"k{number}") == messages[number]
+            for number in range(20):
+                assert shown(await runtime.create_session(idempotency_key=f"c{number}")) == created[number]
+            await runtime.flush()
+            await runtime.create_session(idempotency_key="makes room")
+        [resident] = [each for each in runtime._residents._entries.values() if each and each.session_id == "s1"]
+        assert len(resident.outcomes) <= OUTCOMES_MAX
+        assert len(runtime._door._creations) <= 8
+        assert (await session.record()).message_count == count
+    async with place.open() as runtime:
+        session = await runtime.get_session("s1")
+        for number in keys:
+            assert await session.append("user", "hi", idempotency_key=f"k{number}") == messages[number]
+        assert (await session.record()).message_count == count
+
+
+async def test_a_used_key_is_one_row(tmp_path: Path) -> None:
+    place = in_file(tmp_path)
+    async with place.open() as runtime:
+        session = await begin(runtime)
+        for number, write in enumerate(WRITES):
+            for _ in range(2):
+                await write.call(runtime, session, idempotency_key=f"k{number}")
+    found = rows(place, "SELECT scope, key, route FROM outcomes")
+    assert sorted(found) == sorted(
+        ("create" if write.method.endswith("create_session") else session.incarnation, f"k{number}", write.method)
+        for number, write in enumerate(WRITES)
+    )
+    in_23_hours = "strftime('%Y-%m-%dT%H:%M:%S', 'now', '+23 hours')"
+    assert set(rows(place, f"SELECT expires_at > {in_23_hours}, length(body_hash) FROM outcomes")) == {(1, 64)}
+    async with place.open() as runtime:
+        again = runtime._handle(session.session_id, session.incarnation)
+        for number, write in enumerate(WRITES):
+            await write.call(runtime, again, idempotency_key=f"k{number}")
+    assert len(rows(place, "SELECT * FROM outcomes")) == len(WRITES)
