@@ -7,11 +7,14 @@ An audit counts everything again from scratch.
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import anyio
+import pytest
+import trio.testing
 from anyio.lowlevel import checkpoint
 
 from agent_runtime import Config, Runtime, open_runtime, residents
@@ -63,6 +66,41 @@ async def running(
 def plugin(factory: StorageFactory, faults: Faults) -> object:
     """The plugin of `faulty:`."""
     return faulty_plugin(factory, faults)
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Where others wait for the time to pass, it lets it pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("every task waits for another one")
+        ready = super().select(0)
+        if not ready:
+            self.now_s += max(0.0, timeout)
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """asyncio with a clock that jumps to the next timer whenever nobody has anything to do, as trio's MockClock does."""
+
+    def __init__(self) -> None:
+        self._clock = _JumpingSelector()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now_s
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def virtual_time(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """In a module that imports it as `anyio_backend`, the time of the event loop is virtual."""
+    if request.param == "asyncio":
+        return "asyncio", {"loop_factory": VirtualLoop}
+    return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
 
 async def all_wait() -> None:

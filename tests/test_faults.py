@@ -77,6 +77,7 @@ async def every_call(open_storage: Callable[[], Any]) -> None:
             await snapshot.switches("a")
             await snapshot.document("a", "notes", "1")
             await snapshot.documents("a", "notes", limit=1)
+            await snapshot.collections("a")
             await snapshot.sessions(limit=1)
             await snapshot.outcome("a", "1")
             await snapshot.quarantine(limit=1)

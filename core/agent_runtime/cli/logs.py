@@ -49,13 +49,13 @@ class _JsonFormatter(logging.Formatter):
         return msgspec.json.encode(entry).decode()
 
 
-def configure_logging(config: Config | None = None) -> None:
-    """Log as the configuration says; a level that nobody chose is WARNING, as commands speak for themselves."""
+def configure_logging(config: Config | None = None, *, quiet: bool = True) -> None:
+    """Log as the configuration says; `quiet`: a level that nobody chose is WARNING, as commands speak for themselves."""
     handler = _Handler()
     level: str = _QUIET
     as_json = False
     if config is not None:
         as_json = config.logging.format == "json"
-        level = _QUIET if config.origin("logging.level") == "default" else config.logging.level
+        level = _QUIET if quiet and config.origin("logging.level") == "default" else config.logging.level
     handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
