@@ -26,6 +26,7 @@ from agent_runtime_memory import MemoryDatabase
 
 T = TypeVar("T")
 NEVER_S = 1_000_000.0
+END_S = 100_000.0  # of virtual time
 
 
 class MeteredFaults(Faults):
@@ -76,11 +77,11 @@ class _JumpingSelector(selectors.SelectSelector):
         self.now_s = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("every task waits for another one")
         ready = super().select(0)
         if not ready:
-            self.now_s += max(0.0, timeout)
+            if timeout is None or self.now_s + timeout > END_S:
+                raise RuntimeError("everyone waits for something that does not come")
+            self.now_s += timeout
         return ready
 
 
@@ -180,6 +181,17 @@ def audit_at_rest(runtime: Runtime) -> None:
     assert not runtime._door._flights
 
 
+def needed_bytes(runtime: Runtime) -> int:
+    """What of the bytes in memory can't be let go: the heads of sessions with unstored changes, and those messages."""
+    needed = 0
+    for resident in runtime._residents.dirty.values():
+        unstored = [raw for change in resident.pending for raw in change.messages]
+        needed += resident.bytes - sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
+        needed += sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in unstored)
+        needed -= 0 if resident.chat is None else len(resident.chat[1])
+    return needed
+
+
 def _unborn(dirty: Any) -> list[Resident]:
     return [each for each in dirty if each.unborn is not None]
 
@@ -199,6 +211,5 @@ def _audit_resident(resident: Resident) -> None:
     size += sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
     size += sum(residents._OUTCOME_BYTES + len(row.outcome) for row in resident.outcomes.values())
     size += 0 if resident.lead is None else len(bytes(resident.lead))
-    size += 0 if resident.chat is None else len(resident.chat[1])
     size += 0 if resident.chat is None else len(resident.chat[1])
     assert resident.bytes == size

@@ -33,7 +33,7 @@ from agent_runtime.storage import StorageConfig
 from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from model import Model
-from rig import all_wait, audit, audit_at_rest, config, running
+from rig import all_wait, audit, audit_at_rest, config, needed_bytes, running
 from rig import virtual_time as anyio_backend
 
 __all__ = ["anyio_backend"]
@@ -164,16 +164,14 @@ async def test_what_time_will_not_heal_is_tried_rarely() -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), OSError("gone"), KeyError("x"), RuntimeError("secret text")])
-async def test_whatever_a_storage_raises_is_tried_again(error: Exception) -> None:
-    faults, database = Faults(), MemoryDatabase()
-    async with observed(faults, database) as (runtime, observer):
+async def test_whatever_a_storage_raises_is_tried_again(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    faults = Faults()
+    async with observed(faults) as (runtime, observer):
         fault = faults.fail("apply", nth=1, error=error)
         handle = await runtime.create_session("s")
         await handle.append("user", "hi", durability="stored")
         assert (fault.hits, len(observer.failed)) == (1, 1)
-        for name in ("snapshot", "head", "messages", "document"):
-            async with running(Faults(), database, lease={"duration_s": 1.0}) as _:
-                pass
+        assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["snapshot", "head", "outcome", "messages", "switches", "document", "documents", "sessions"])
@@ -213,7 +211,7 @@ async def test_a_load_that_fails_fails_for_all_who_wait_for_it_and_can_be_repeat
     async with running(faults, database) as runtime:
         await runtime.create_session("s")
     async with running(faults, database) as runtime:
-        gate, failing = faults.hold("head", nth=1), faults.fail("head", nth=1)
+        gate, failing, before = faults.hold("head", nth=1), faults.fail("head", nth=1), faults.count("head")
         errors: list[Exception] = []
 
         async def load() -> None:
@@ -227,7 +225,7 @@ async def test_a_load_that_fails_fails_for_all_who_wait_for_it_and_can_be_repeat
                 tasks.start_soon(load)
             await all_wait()
             gate.open()
-        assert (len(errors), failing.hits, faults.count("head")) == (5, 1, 1)
+        assert (len(errors), failing.hits, faults.count("head") - before) == (5, 1, 1)
         await load()
         assert len(errors) == 5
         audit_at_rest(runtime)
@@ -274,7 +272,7 @@ async def test_room_is_given_in_the_order_it_was_asked_for() -> None:
         each = await producer(runtime, model, "s")
         outage = faults.fail("apply")
         await fill(each, runtime)
-        sizes = [30_000, 10, 20_000, 10, 40_000, 10, 5_000]
+        sizes = [40_000, 40_000, 40_000, 10]  # at no time is there room for two large ones, but for the small one always
         done: list[int] = []
 
         async def append(number: int, size: int) -> None:
@@ -288,7 +286,8 @@ async def test_room_is_given_in_the_order_it_was_asked_for() -> None:
             await anyio.sleep(30)
             assert not done
             outage.stop()
-        assert done == list(range(len(sizes)))
+        assert done[:2] == [0, 1]
+        assert set(done[2:]) == {2, 3}  # they get their room in one step
         await runtime.flush()
         audit_at_rest(runtime)
         await check_all(runtime, model)
@@ -303,35 +302,40 @@ async def test_who_waits_for_room_makes_the_flush_come() -> None:
         assert anyio.current_time() - start < 0.1
 
 
-async def test_memory_stays_bounded_under_load() -> None:
-    faults, model, bytes_max, pending_max = Faults(), Model(), 200_000, 300_000
+@pytest.mark.parametrize("read", [None, "history", "history_json"])
+async def test_memory_stays_bounded_under_load(read: str | None) -> None:
+    """However many sessions are at work at once, and never without an unstored change."""
+    faults, model, bytes_max = Faults(), Model(), 300_000
     sections: dict[str, dict[str, Any]] = {
         "residents": {"bytes_max": bytes_max, "tail_messages": 50},
-        "write_behind": {"interval_s": 1.0, "pending_bytes_max": pending_max, "append_timeout_s": 60.0},
+        "write_behind": {"interval_s": 1.0, "pending_bytes_max": 400_000, "append_timeout_s": 60.0},
     }
     async with running(faults, MemoryDatabase(), **sections) as runtime:
         start = anyio.current_time()
-        faults.fail_between(start + 20, start + 40)
+        faults.fail_between(start + 5, start + 7, "apply")
         faults.delay(0.2, "apply")
-        most = 0
+
+        def check() -> None:
+            assert runtime._residents.bytes <= bytes_max + needed_bytes(runtime) + 20_000
+            assert runtime._budget.used <= 400_000
 
         async def load(number: int) -> None:
-            nonlocal most
             each = await producer(runtime, model, f"s{number}")
-            for size in range(100, 6_000, 200):
-                await each.append("x" * size)
-                most = max(most, runtime._residents.bytes)
-                assert runtime._budget.used <= pending_max
-                await anyio.sleep(1.0)
+            for turn in range(80):
+                await each.append("x" * (200 + 10 * turn))
+                check()
+                if read is not None and turn % 10 == 9:
+                    await getattr(each.handle, read)()
+                    check()
+                await anyio.sleep(0.15)
 
         async with anyio.create_task_group() as tasks:
-            for number in range(60):
+            for number in range(50):
                 tasks.start_soon(load, number)
-        assert bytes_max < most <= bytes_max + 2 * pending_max
-        assert runtime.status().residents.evictions
         await runtime.flush()
         audit_at_rest(runtime)
         assert runtime._residents.bytes <= bytes_max
+        assert runtime.status().residents.evictions
         await check_all(runtime, model)
 
 
@@ -341,26 +345,28 @@ async def test_memory_stays_bounded_under_load() -> None:
 async def test_callers_who_wait_for_stored_share_a_transaction() -> None:
     faults, model = Faults(), Model()
     async with observed(faults) as (runtime, observer):
-        producers = [await producer(runtime, model, f"s{number}") for number in range(10)]
+        producers = [await producer(runtime, model, f"s{number}") for number in range(50)]
         async with anyio.create_task_group() as tasks:
-            for number in range(50):
-                tasks.start_soon(lambda each=producers[number % 10]: each.append(durability="stored"))  # type: ignore[misc]
-        assert [receipt.changes for _, receipt in observer.stored] == [60]
+            for each in producers:
+                tasks.start_soon(lambda each=each: each.append(durability="stored"))  # type: ignore[misc]
+        assert [receipt.changes for _, receipt in observer.stored] == [100]
         await check_all(runtime, model)
 
 
 async def test_callers_who_come_during_a_transaction_share_the_next() -> None:
     faults, model = Faults(), Model()
     async with observed(faults) as (runtime, observer):
-        each, gate = await producer(runtime, model, "s"), faults.hold("apply", nth=1)
+        producers = [await producer(runtime, model, f"s{number}") for number in range(50)]
+        gate = faults.hold("apply", nth=1)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(lambda: each.append(durability="stored"))
+            tasks.start_soon(runtime.flush)
             await gate.reached.wait()
-            for _ in range(50):
-                tasks.start_soon(lambda: each.append(durability="stored"))
+            for each in producers:
+                tasks.start_soon(lambda each=each: each.append(durability="stored"))  # type: ignore[misc]
             await all_wait()
             gate.open()
-        assert [receipt.changes for _, receipt in observer.stored] == [2, 50]
+        assert [receipt.changes for _, receipt in observer.stored] == [50, 50]
+        await check_all(runtime, model)
 
 
 async def test_at_most_one_transaction_an_interval_or_a_thousand_changes() -> None:
@@ -375,7 +381,7 @@ async def test_at_most_one_transaction_an_interval_or_a_thousand_changes() -> No
             await each.append()
         await all_wait()
         assert len(observer.stored) - slow <= 4
-        await anyio.sleep(INTERVAL_S)
+        await anyio.sleep(INTERVAL_S + 0.01)
         assert runtime.watermarks.stored == runtime.watermarks.accepted
         assert max(receipt.changes for _, receipt in observer.stored) == 1000
 
@@ -557,11 +563,8 @@ async def test_a_lease_that_is_lost_is_found_out_by_a_batch() -> None:
 
 
 async def test_a_lease_that_is_lost_is_found_out_by_its_renewal() -> None:
-    faults = Faults()
-    async with observed(faults) as (runtime, _):
-        pass
+    faults, database = Faults(), MemoryDatabase()
     told: list[object] = []
-    database = MemoryDatabase()
     with pytest.raises(LeaseLost):
         async with running(faults, database, lease={"duration_s": 9.0}, write_behind={"pending_bytes_max": 65_536}) as runtime:
             handle = await runtime.create_session("s")
@@ -586,7 +589,7 @@ async def test_a_lease_that_is_lost_is_found_out_by_its_renewal() -> None:
             await check_that_all_is_over(runtime, handle)
 
 
-@pytest.mark.parametrize("step", range(25))
+@pytest.mark.parametrize("step", range(1, 25, 2))
 async def test_a_runtime_that_is_fenced_off_at_any_step_of_a_flush_ends(step: int) -> None:
     faults = Faults()
     with pytest.raises(LeaseLost), anyio.fail_after(1):

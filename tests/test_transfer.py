@@ -6,9 +6,10 @@ import gzip
 import json
 import os
 import re
+import sqlite3
 import stat
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ from agent_runtime import (
     StorageUnavailable,
     hookimpl,
 )
-from agent_runtime.archive import archive_line, parse_line
+from agent_runtime.archive import Archive, archive_line, parse_line
 from agent_runtime.testing import Faults, creates_session, faulty_plugin
 from agent_runtime.transfer import (
     Imported,
@@ -283,6 +284,8 @@ async def test_a_lived_database_moves_to_an_empty_one(tmp_path: Path) -> None:
         assert (await (await runtime.get_session("cleared")).append("user", "next")).seq == 5
         context = await (await runtime.get_session("chat")).switch_agent("third")
         assert context.switch_count == 3
+    with closing(sqlite3.connect(target.path)) as connection:
+        assert connection.execute("SELECT number FROM switches ORDER BY number").fetchall() == [(1,), (2,), (3,)]
 
 
 async def test_real_conversations_come_out_as_they_went_in(tmp_path: Path) -> None:
@@ -371,6 +374,7 @@ DOCUMENT = {"collection": "c", "key": "k", "value": 1}
 ROLES = "one of system, developer, user, assistant, tool"
 NO_KEY = "is not a key that can stand here; what it holds would be lost, so take it out"
 NOT_FINITE = "metadata.a[0]: must be a finite number: JSON has no NaN and no infinity"
+TOO_DEEP = f"metadata.a{'[0]' * 63}: is nested deeper than 64 levels, or contains itself"
 SURROGATE = "must not contain lone surrogates (U+D800 at position 0); decode the text with errors='replace'"
 NUL = "must not contain NUL characters (one is at position 0)"
 CONTROL = "must not contain control characters (U+000A at position 0)"
@@ -398,6 +402,8 @@ REFUSED: list[tuple[bytes | dict[str, Any], str]] = [
     (b"SQLite format 3\0", "line: is not JSON: Expecting value (character 1)"),
     (b'{"session_id": "\xff"}', "line: is not UTF-8 text (byte 17)"),
     (b"[" * 100_000, "line: is nested too deeply"),
+    (raw(b'"metadata":{"a":%b}' % (b"[" * 100_000)), "line: is nested too deeply"),
+    (raw(b'"metadata":{"a":%b1%b}' % (b"[" * 64, b"]" * 64)), TOO_DEEP),
     (b'{"session_id": %s}' % (b"9" * 5000), "line: holds a number with too many digits"),
     (b"[]", "line: Expected `object`, got `array`"),
     ({"messages": []}, "session_id: is missing"),
@@ -568,6 +574,36 @@ async def test_seqs_that_the_session_has_used_can_not_come_again() -> None:
             runtime, line_of("s", "1", "2", message_details=[{"seq": 1}, {"seq": 7}], next_seq=9)
         ) == counts(resumed=1)
         assert (await session.append("user", "3")).seq == 9
+
+
+async def test_a_session_that_has_no_title_gets_one_with_the_messages() -> None:
+    async with in_memory().open() as runtime:
+        await runtime.create_session("s")
+        assert await imported(runtime, line_of("s", " ", "Find a train")) == counts(resumed=1)
+        assert (await (await runtime.get_session("s")).record()).title == "Find a train"
+
+
+async def test_many_may_restore_a_session_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent_runtime.archives._PART_MESSAGES", 3)
+    contents = [str(number) for number in range(40)]
+    archive = parse_line(json.dumps(line_of("s", *contents)).encode(), NOW)
+    async with in_memory().open(residents={"tail_messages": 1}) as runtime:
+        restored: list[str] = []
+
+        async def restore() -> None:
+            restored.append(await restore_session(runtime, archive))
+
+        async def flush() -> None:
+            while len(restored) < 5:
+                await runtime.flush()
+                await anyio.sleep(0)
+
+        async with anyio.create_task_group() as tasks:
+            for task in (*[restore] * 5, flush):
+                tasks.start_soon(task)
+        session = await runtime.get_session("s")
+        assert [message.content for message in (await session.messages()).items] == contents
+        assert restored.count("created") <= 1
 
 
 async def test_one_file_may_name_a_session_twice() -> None:
@@ -753,6 +789,38 @@ async def test_an_archive_shows_one_moment(tmp_path: Path) -> None:
                 moments += 1
                 await anyio.sleep(0)
         assert moments > 1
+
+
+async def test_an_archive_is_of_the_session_that_is_there_at_its_end() -> None:
+    faults = Faults()
+    async with faulty(faults, residents={"tail_messages": 1}) as runtime:
+        await imported(runtime, line_of("s", "old", "old"))
+        gate = faults.hold("messages", nth=1)
+        archives: list[Archive] = []
+
+        async def read() -> None:
+            archives.append(await read_archive(runtime, "s"))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(read)
+            await gate.reached.wait()
+            await (await runtime.get_session("s")).delete()
+            await (await runtime.create_session("s")).append("user", "new")
+            gate.open()
+        assert [message.content for message in archives[0].messages] == ["new"]
+
+
+async def test_an_archive_lacks_what_a_change_in_quarantine_removed() -> None:
+    database, faults = MemoryDatabase(), Faults()
+    async with faulty(faults, database) as runtime:
+        await imported(runtime, line_of("s", "1", "2"))
+        faults.reject(lambda batch: bool(batch.removed))
+        await (await runtime.get_session("s")).pop()
+        with pytest.raises(Quarantined):
+            await runtime.flush()
+        assert [message.content for message in (await read_archive(runtime, "s")).messages] == ["1"]
+    async with faulty(faults, database) as runtime:
+        assert [message.content for message in (await read_archive(runtime, "s")).messages] == ["1"]
 
 
 async def test_a_session_that_goes_while_all_are_exported_is_left_out() -> None:

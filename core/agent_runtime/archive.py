@@ -193,7 +193,7 @@ def parse_line(data: bytes, now: datetime) -> Archive:
     """
     try:
         line = _decode_line(data)
-    except (msgspec.DecodeError, UnicodeError):
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
         line = _explained(data)
     created_at = line.created_at or now
     messages = [parse_message(f"messages[{index}]", each) for index, each in enumerate(line.messages)]

@@ -7,6 +7,7 @@ is given in the order it was asked for; who waits too long, or is cancelled, has
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import anyio
 
@@ -29,10 +30,16 @@ class Budget:
     def __init__(self, bytes_max: int, *, timeout_s: float, retry_after_s: float) -> None:
         self.bytes_max = bytes_max
         self.used = 0
+        self.on_demand: Callable[[], None] = _nobody
         self._timeout_s = timeout_s
         self._retry_after_s = retry_after_s
         self._queue: deque[_Ticket] = deque()
         self._stopped: AgentRuntimeError | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anyone waits for room."""
+        return bool(self._queue)
 
     def admit(self, size: int) -> bool:
         """Take `size` bytes if there is room and nobody waits before us."""
@@ -71,6 +78,7 @@ class Budget:
         """
         ticket = _Ticket(size)
         self._queue.append(ticket)
+        self.on_demand()
         try:
             with anyio.move_on_after(self._timeout_s):
                 await ticket.event.wait()
@@ -90,3 +98,7 @@ class Budget:
             self.release(0)
         elif ticket.event.is_set():
             self.release(ticket.size)
+
+
+def _nobody() -> None:
+    """Nobody listens for demand yet."""

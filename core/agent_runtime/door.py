@@ -48,7 +48,7 @@ CREATION_SCOPE: Final = "create"
 _OUTCOME_LIFE: Final = timedelta(hours=24)
 _CREATIONS_MAX: Final = 4096
 _TURN: Final = 64  # writes between two yields to the loop: one takes about 15 µs, so this is about a millisecond
-_CHANGE_BYTES: Final = 700  # what an unstored change takes in memory besides its messages (measured)
+_CHANGE_BYTES: Final = 500  # what an unstored change takes in memory besides its messages (measured, see tests/benchmarks)
 
 T = TypeVar("T")
 
@@ -188,6 +188,10 @@ class Door:
                         f"the database answers from {snapshot.watermark}, {start} is stored already"
                     )
                 yield snapshot
+        except AgentRuntimeError:
+            raise
+        except Exception as error:  # whatever else a storage raises is taken for this
+            raise StorageUnavailable(f"the storage failed with {type(error).__name__}") from error
         finally:
             self.residents.close_view(view)
 

@@ -19,7 +19,7 @@ from .door import Plan
 from .errors import InvalidInput, SessionExists, SessionNotFound
 from .identifiers import Identifiers
 from .records import AgentContext, Document, Message, NewMessage, Session
-from .residents import Resident
+from .residents import Resident, encode_to_keep
 from .rows import ContextRow, DocumentRow, SwitchRow
 
 __all__ = [
@@ -101,7 +101,7 @@ class Planner:
             )
             for seq, each in enumerate(new, next_seq)
         ]
-        encoded = [_encode(message) for message in messages]
+        encoded = [encode_to_keep(message) for message in messages]
         for index, data in enumerate(encoded):
             if len(data) > MESSAGE_BYTES_MAX:
                 where = "message" if len(encoded) == 1 else f"messages[{index}]"

@@ -22,7 +22,7 @@ from .door import Door
 from .errors import InvalidInput, SessionNotFound
 from .history import leading_message, limited_history
 from .records import AgentSwitch, Document, Message, Order, Page, Session
-from .residents import Resident
+from .residents import Resident, encode_to_keep
 from .rows import DocumentRow, MessageRow, SessionRow, SwitchRow
 from .storage import SessionKey, Snapshot
 from .validation import check_id, check_time
@@ -228,7 +228,7 @@ class Reads:
             return kept[1]
 
         def encode(history: list[dict[str, Any]]) -> bytes:
-            data = msgspec.json.encode(history)
+            data = encode_to_keep(history)
             self._door.residents.keep_chat(resident, limit, data)
             return data
 
@@ -279,7 +279,7 @@ class Reads:
             resident.warm([], [], tail_from=resident.floor)
         else:
             lead = leading_message(first)
-            resident.learn_lead(None if lead is None else Raw(msgspec.json.encode(lead)))
+            resident.learn_lead(None if lead is None else Raw(encode_to_keep(lead)))
         self._door.residents.resize(resident, before)
 
     @staticmethod
@@ -297,18 +297,18 @@ class Reads:
             while span.more and not resident.tail and not span.visible():
                 await span.read_older(max(1, self._tail_messages // 4) + len(_removed(resident)))
             self._check(resident)
-            self._warm(resident, span)
+            self._warm(resident, span, least=1)
 
-    def _warm(self, resident: Resident, span: _Span) -> None:
-        """Keep in the tail what was read just below it."""
-        room = self._tail_messages - len(resident.tail)
+    def _warm(self, resident: Resident, span: _Span, *, least: int = 0) -> None:
+        """Keep in the tail what was read just below it, as far as there is room; at least the `least` newest."""
+        room = least if self._door.residents.crowded else self._tail_messages - len(resident.tail)
         messages = span.visible()
         if room > 0 and not resident.deleted:
             kept = messages[-room:]
             whole = not span.more and len(kept) == len(messages)
             before = resident.bytes
             resident.warm(
-                [Raw(msgspec.json.encode(each)) for each in kept],
+                [Raw(encode_to_keep(each)) for each in kept],
                 [each.seq for each in kept],
                 tail_from=resident.floor if whole else kept[0].seq - 1 if kept else resident.tail_from,
             )

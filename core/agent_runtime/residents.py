@@ -2,7 +2,8 @@
 
 Guarantees:
 - A resident with unstored changes, one that is being read, and one that is held by quarantine is never evicted; of the
-  others the least recently used go first once they all exceed `bytes_max`.
+  others the least recently used go first once they all exceed `bytes_max`. If that is not enough, those that stay keep
+  no more messages than they must.
 - A change is kept until no read can meet a view of the database without it: until it is stored, and every read that was
   under way before that has ended.
 - The tail holds every message above `tail_from` that is there, at least all that are unstored.
@@ -26,16 +27,24 @@ from .records import AgentContext, Message, Session
 from .rows import ContextRow, OutcomeRow
 from .storage import HeadRows, SessionKey
 
-__all__ = ["OUTCOMES_MAX", "UNKNOWN", "Resident", "Residents", "Unknown", "View"]
+__all__ = ["OUTCOMES_MAX", "UNKNOWN", "Resident", "Residents", "Unknown", "View", "encode_to_keep"]
 
 OUTCOMES_MAX: Final = 128
 """How many outcomes of idempotent calls stay in memory with a head."""
 
+# Measured, with a little on top for what the allocator rounds up: tests/benchmarks/test_memory.py.
 _HEAD_BYTES: Final = 2400
-_ABSENT_BYTES: Final = 400
-_MESSAGE_BYTES: Final = 190  # what Python adds to the JSON of a message in the tail (measured, see tests/benchmarks)
+_ABSENT_BYTES: Final = 400  # for an id of some length
+_MESSAGE_BYTES: Final = 130  # what Python adds to the JSON of a message in the tail
 _OUTCOME_BYTES: Final = 500
 _CHAT_SHARE: Final = 16  # a history of more than this part of the whole budget is made anew each time
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+def encode_to_keep(value: object) -> bytes:
+    """The value as JSON, in as much memory as that takes: msgspec leaves half as much again allocated behind it."""
+    return b"".join((_encode(value), b""))  # a copy: the encoder's own bytes look as short, but stay as large
 
 
 class Unknown:
@@ -183,8 +192,7 @@ class Resident:
     def apply(self, change: Change) -> None:
         """Take over the effect of a change."""
         if self.chat is not None and (change.messages or change.removed or change.floor is not None):
-            self.bytes -= len(self.chat[1])
-            self.chat = None
+            self.forget_chat()
         next_seq = self.next_seq
         self.sequence = change.sequence
         self.last_activity = change.last_activity
@@ -219,6 +227,12 @@ class Resident:
             self.outcomes[change.outcome.key] = change.outcome
             self.bytes += _outcome_bytes(change.outcome)
         self.deleted = change.deleted
+
+    def forget_chat(self) -> None:
+        """The history is another one now, or there is no room for it."""
+        if self.chat is not None:
+            self.bytes -= len(self.chat[1])
+            self.chat = None
 
     def _extend_tail(self, change: Change, *, known: bool) -> None:
         """`known`: there is one message, under the seq that was next."""
@@ -344,6 +358,11 @@ class Residents:
     def held(self) -> list[Resident]:
         """The sessions with changes in quarantine."""
         return [resident for resident in self.dirty.values() if resident.held]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there is too little room although every session that could go has gone."""
+        return self.bytes > self.bytes_max and not self._idle
 
     def find(self, session_id: str) -> Resident | Unknown | None:
         """The resident; None when it is known that there is no such session; UNKNOWN when it must be loaded."""
@@ -473,6 +492,10 @@ class Residents:
             resident.chat = (limit, data)
             self.resize(resident, before)
             self._evict(keep=resident.session_id)
+            if self.crowded:
+                before = resident.bytes
+                resident.forget_chat()
+                self.resize(resident, before)
 
     def resize(self, resident: Resident, before: int) -> None:
         """The resident's size has changed since it was `before` bytes."""
@@ -484,7 +507,7 @@ class Residents:
             self.settled = sequence
             for resident in residents:
                 before = resident.bytes
-                resident.settle(sequence, self._tail_messages)
+                resident.settle(sequence, 0 if self.crowded else self._tail_messages)
                 if resident.unborn is not None and resident.unborn <= sequence and not resident.held:
                     self._unbear(resident)
                 self.bytes += resident.bytes - before

@@ -23,7 +23,15 @@ from .archives import Archives
 from .budget import Budget
 from .config import Config
 from .door import CREATION_SCOPE, Door, Plan
-from .errors import DrainIncomplete, DurabilityNotReached, LeaseLost, PluginError, SessionNotFound, StorageUnavailable
+from .errors import (
+    DrainIncomplete,
+    DurabilityNotReached,
+    LeaseLost,
+    PluginError,
+    RuntimeClosed,
+    SessionNotFound,
+    StorageUnavailable,
+)
 from .identifiers import Identifiers, utc_now
 from .lease import LeaseKeeper, claim_of
 from .log import Log
@@ -355,7 +363,7 @@ class Runtime:
         if self._fenced is None:
             with anyio.move_on_after(self.config.write_behind.drain_timeout_s, shield=True):
                 await drained.wait()
-        self._scheduler.abandon()
+        self._scheduler.abandon(self._fenced or RuntimeClosed())
         with anyio.CancelScope(shield=True):
             await drained.wait()
         self._lease_scope.cancel()
@@ -387,7 +395,7 @@ class Runtime:
         self._fenced = error
         self._fenced_off.set()
         self._door.close(error)
-        self._scheduler.abandon()
+        self._scheduler.abandon(error)
 
 
 @asynccontextmanager

@@ -29,7 +29,7 @@ from anyio.lowlevel import checkpoint
 
 from .budget import Budget
 from .changes import Batch, Change, Coalescer, Receipt
-from .errors import ChangeRejected, LeaseLost, RuntimeClosed, SequenceMismatch, StorageError, StorageFatal
+from .errors import AgentRuntimeError, ChangeRejected, LeaseLost, SequenceMismatch, StorageError, StorageFatal
 from .log import Log
 from .residents import Resident, Residents
 from .storage import Fence, Storage
@@ -123,9 +123,10 @@ class Scheduler:
         self._taken_at = 0.0
         self._stopping = False
         self._abandoned = False
-        self._shield = anyio.CancelScope()
+        self._scope = anyio.CancelScope()
         self._purge_at = anyio.current_time()  # an earlier run may have left rows to purge
         log.on_demand = self._wake_up
+        budget.on_demand = self._wake_up
 
     @property
     def pending_changes(self) -> int:
@@ -167,8 +168,8 @@ class Scheduler:
                 await self._sleep_until_due()
                 if self._flush_in() <= 0:
                     await checkpoint()  # let everyone who is about to wait at this moment share the batch
-                    self._taken_at = anyio.current_time()
                     count = min(len(self._pending), self._options.batch_changes)
+                    self._taken_at = anyio.current_time() if count == len(self._pending) else self._oldest_at
                     await self._store([self._pending[index] for index in range(count)])
                 if self._purge_in() <= 0 and not self._stopping:
                     await self._purge()
@@ -178,13 +179,20 @@ class Scheduler:
             self._budget.stop(error)
             raise
 
-    def abandon(self) -> None:
+    def abandon(self, error: AgentRuntimeError) -> None:
         """The runtime closes, drained or not: break off, and tell everyone who still waits."""
         self._abandoned = True
-        self._shield.cancel()
+        self._scope.cancel()
         self._wake.set()
-        self._log.stop(RuntimeClosed())
-        self._budget.stop(RuntimeClosed())
+        self._log.stop(error)
+        self._budget.stop(error)
+
+    def _breakable(self) -> anyio.CancelScope:
+        """Around what may take long: shielded from all but `abandon`, whether that comes meanwhile or came before."""
+        self._scope = anyio.CancelScope(shield=True)
+        if self._abandoned:
+            self._scope.cancel()
+        return self._scope
 
     @property
     def _ended(self) -> bool:
@@ -201,6 +209,7 @@ class Scheduler:
         if (
             self._stopping
             or self._log.awaited
+            or self._budget.awaited
             or pending >= self._options.batch_changes
             or self._budget.used * 2 > self._budget.bytes_max
         ):
@@ -227,9 +236,9 @@ class Scheduler:
             batch = await self._coalesce(changes, rejected)
             started = anyio.current_time()
             try:
-                with anyio.CancelScope(shield=True) as self._shield:
+                with self._breakable() as scope:
                     receipt = await self._storage.apply(batch, self._fence)
-                if self._shield.cancel_called:
+                if scope.cancelled_caught:
                     return
             except SequenceMismatch as mismatch:
                 self._adopt(mismatch, batch)
@@ -348,7 +357,7 @@ class Scheduler:
             )
         self._observers.flush_failed(batch, error, attempt)
         ceiling = _BACKOFF_MAX_S if slow else min(_BACKOFF_MAX_S, _BACKOFF_FIRST_S * 2 ** min(attempt - 1, 16))
-        with anyio.CancelScope() as self._shield:
+        with self._breakable():
             await anyio.sleep(ceiling * (0.5 + self._random() / 2))
         figures.retries += 1
 
@@ -357,7 +366,7 @@ class Scheduler:
         self._purge_at = anyio.current_time() + _PURGE_INTERVAL_S
         try:
             rows = 0
-            with anyio.CancelScope(shield=True) as self._shield:
+            with self._breakable():
                 rows = await self._storage.purge(self._fence, now=self._now(), rows_max=_PURGE_ROWS)
         except LeaseLost:
             raise

@@ -45,7 +45,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, Failure):
         return error
     if isinstance(error, AgentRuntimeError):
-        lines = [*str(error).splitlines(), *getattr(error, "__notes__", ())]
+        notes = [note.removeprefix("agent-runtime: ") for note in getattr(error, "__notes__", ())]
+        lines = [*str(error).splitlines(), *notes]
         return Failure(*lines, code=HELD if isinstance(error, LeaseHeld) else FAILED)
     if isinstance(error, OSError) and error.strerror:
         return Failure(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)

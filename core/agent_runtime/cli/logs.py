@@ -50,7 +50,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 def configure_logging(config: Config | None = None, *, quiet: bool = True) -> None:
-    """Log as the configuration says; `quiet`: a level that nobody chose is WARNING, as commands speak for themselves."""
+    """Log as configured. `quiet`: a level that nobody chose is WARNING, as commands speak for themselves."""
     handler = _Handler()
     level: str = _QUIET
     as_json = False
