@@ -1,4 +1,5 @@
-"""Sessions in plain dicts and lists: what every call on the runtime must do and give. Nothing is stored, cached or awaited.
+"""Sessions in plain dicts and lists: what every call on the runtime must do and give. Nothing is
+stored, cached or awaited.
 
 A call is made on the runtime first, and told to the model with what it returned: the model checks it against its own
 result, and takes over what only the runtime can know (ids and times). From then on every read must equal the model's.

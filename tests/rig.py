@@ -44,7 +44,7 @@ class MeteredFaults(Faults):
             self.under_way -= 1
 
 
-def config(url: str = "faulty:memory:", **sections: dict[str, Any]) -> Config:
+def config(url: str = "faulty:memory:", /, **sections: dict[str, Any]) -> Config:
     """Nothing is flushed but on demand, and as little as possible stays in memory."""
     defaults: dict[str, dict[str, Any]] = {
         "write_behind": {"interval_s": NEVER_S, "drain_timeout_s": 2.0},
@@ -86,7 +86,7 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """asyncio with a clock that jumps to the next timer whenever nobody has anything to do, as trio's MockClock does."""
+    """asyncio with a clock that jumps to the next timer when nobody has anything to do, as trio's MockClock does."""
 
     def __init__(self) -> None:
         self._clock = _JumpingSelector()

@@ -459,9 +459,14 @@ def messages_of(handle: SessionHandle, model: Model) -> list[Message]:
     return session.messages if session is not None and session.incarnation == handle.incarnation else []
 
 
-SCANS: dict[str, tuple[Callable[[Story, SessionHandle], AsyncIterator[Any]], Callable[[Story, SessionHandle, Model], Any]]] = {
+SCANS: dict[
+    str, tuple[Callable[[Story, SessionHandle], AsyncIterator[Any]], Callable[[Story, SessionHandle, Model], Any]]
+] = {
     "messages": (message_places, lambda _, handle, model: [each.seq for each in messages_of(handle, model)]),
-    "messages backwards": (backward_places, lambda _, handle, model: [-each.seq for each in messages_of(handle, model)]),
+    "messages backwards": (
+        backward_places,
+        lambda _, handle, model: [-each.seq for each in messages_of(handle, model)],
+    ),
     "documents": (
         document_places,
         lambda _, handle, model: [
@@ -519,7 +524,7 @@ async def at_once(actors: list[list[str]], order: list[int], messages: int) -> N
         choices = iter(order)
 
         def acting(names: list[str]) -> Callable[[], Awaitable[None]]:
-            return lambda: follow(story, *(lambda name=name: step(story, name) for name in names))  # type: ignore[misc]
+            return lambda: follow(story, *(lambda name=name: step(story, name) for name in names))
 
         await story.turnstile.play(lambda names: next(choices, 0) % len(names), *map(acting, actors))
 

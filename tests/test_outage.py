@@ -174,7 +174,9 @@ async def test_whatever_a_storage_raises_is_tried_again(error: Exception, caplog
         assert "secret" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["snapshot", "head", "outcome", "messages", "switches", "document", "documents", "sessions"])
+@pytest.mark.parametrize(
+    "name", ["snapshot", "head", "outcome", "messages", "switches", "document", "documents", "sessions"]
+)
 async def test_whatever_a_storage_raises_in_a_read_is_storage_unavailable(name: Any) -> None:
     faults, database = Faults(), MemoryDatabase()
     async with running(faults, database) as runtime:
@@ -272,7 +274,12 @@ async def test_room_is_given_in_the_order_it_was_asked_for() -> None:
         each = await producer(runtime, model, "s")
         outage = faults.fail("apply")
         await fill(each, runtime)
-        sizes = [40_000, 40_000, 40_000, 10]  # at no time is there room for two large ones, but for the small one always
+        sizes = [
+            40_000,
+            40_000,
+            40_000,
+            10,
+        ]  # at no time is there room for two large ones, but for the small one always
         done: list[int] = []
 
         async def append(number: int, size: int) -> None:
@@ -426,7 +433,9 @@ async def test_a_level_that_is_not_reached_in_time() -> None:
         assert anyio.current_time() - start == pytest.approx(8.0)
         model.sessions["s"].append([NewMessage(role="user", content="hi")], [caught.value.outcome])
         assert (caught.value.sequence, caught.value.reached) == (2, "buffered")
-        with pytest.raises(StorageUnavailable, match=r"2 change\(s\) are still not stored after 8 s: StorageUnavailable"):
+        with pytest.raises(
+            StorageUnavailable, match=r"2 change\(s\) are still not stored after 8 s: StorageUnavailable"
+        ):
             await runtime.flush()
         outage.stop()
         await runtime.flush()
@@ -439,7 +448,10 @@ async def test_a_level_that_is_not_reached_in_time() -> None:
 async def test_a_close_with_the_storage_away_says_how_much_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     faults, database, model = Faults(), MemoryDatabase(), Model()
     start = anyio.current_time()
-    with pytest.raises(DrainIncomplete, match=r"3 change\(s\).*lost.*planned fault") as caught, caplog.at_level(logging.ERROR):
+    with (
+        pytest.raises(DrainIncomplete, match=r"3 change\(s\).*lost.*planned fault") as caught,
+        caplog.at_level(logging.ERROR),
+    ):
         async with observed(faults, database, drain_timeout_s=20.0) as (runtime, _):
             each = await producer(runtime, model, "s")
             await runtime.flush()
@@ -566,7 +578,9 @@ async def test_a_lease_that_is_lost_is_found_out_by_its_renewal() -> None:
     faults, database = Faults(), MemoryDatabase()
     told: list[object] = []
     with pytest.raises(LeaseLost):
-        async with running(faults, database, lease={"duration_s": 9.0}, write_behind={"pending_bytes_max": 65_536}) as runtime:
+        async with running(
+            faults, database, lease={"duration_s": 9.0}, write_behind={"pending_bytes_max": 65_536}
+        ) as runtime:
             handle = await runtime.create_session("s")
             gate = faults.hold("apply")
 

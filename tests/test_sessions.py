@@ -31,6 +31,8 @@ from agent_runtime import (
     SessionExists,
     SessionHandle,
     SessionNotFound,
+    hookimpl,
+    open_runtime,
 )
 from places import (
     SHORT,
@@ -703,3 +705,14 @@ async def test_an_error_inside_comes_out_as_it_is_and_loses_nothing(place: Place
             raise ZeroDivisionError
     async with place.open() as runtime:
         assert await runtime.get_session("s1")
+
+
+async def test_plugins_see_the_system_prompt_too() -> None:
+    class Redaction:
+        @hookimpl
+        def agent_runtime_before_append(self, message: NewMessage) -> NewMessage:
+            return msgspec.structs.replace(message, content=str(message.content).replace("secret", "***"))
+
+    async with open_runtime("memory:", plugins=[Redaction()]) as runtime:
+        session = await runtime.create_session("s", system_prompt="the secret plan")
+        assert await session.history() == [{"role": "system", "content": "the *** plan"}]

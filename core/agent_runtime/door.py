@@ -48,7 +48,7 @@ CREATION_SCOPE: Final = "create"
 _OUTCOME_LIFE: Final = timedelta(hours=24)
 _CREATIONS_MAX: Final = 4096
 _TURN: Final = 64  # writes between two yields to the loop: one takes about 15 µs, so this is about a millisecond
-_CHANGE_BYTES: Final = 500  # what an unstored change takes in memory besides its messages (measured, see tests/benchmarks)
+_CHANGE_BYTES: Final = 500  # what an unstored change takes besides its messages (measured, see tests/benchmarks)
 
 T = TypeVar("T")
 
@@ -280,9 +280,8 @@ class Door:
         log.accepted = change.sequence
         self.residents.add(change, current)
         self._scheduler.add(Pending(change, current, size))
-        outcome = change.outcome
-        if outcome is not None and outcome.scope == CREATION_SCOPE:
-            self._remember_creation(outcome)
+        if change.outcome is not None:
+            self.remember(change.outcome)
 
     @staticmethod
     def _size(change: Change) -> int:
@@ -342,8 +341,16 @@ class Door:
         )
         return msgspec.structs.replace(change, outcome=outcome)
 
-    def _remember_creation(self, outcome: OutcomeRow) -> None:
+    def remember(self, outcome: OutcomeRow) -> None:
+        """If it is that of a creation, keep it in memory: a session's own are kept with the session."""
+        if outcome.scope != CREATION_SCOPE:
+            return
         creations = self._creations
         creations[outcome.key] = outcome
         while len(creations) > _CREATIONS_MAX and next(iter(creations.values())).sequence <= self.residents.settled:
             creations.popitem(last=False)
+
+    def forget(self, outcome: OutcomeRow) -> None:
+        """If it is that of a creation: it is given up."""
+        if outcome.scope == CREATION_SCOPE:
+            self._creations.pop(outcome.key, None)

@@ -18,10 +18,10 @@ from .changes import Change, decode_change
 from .door import Door
 from .errors import SessionHeld, SessionNotFound
 from .log import Log
-from .residents import OUTCOMES_MAX, Resident, Residents, Unknown
+from .residents import OUTCOMES_MAX, Resident, Residents
 from .rows import QuarantineRow
 from .scheduler import Pending, Scheduler
-from .storage import Snapshot
+from .storage import HeadRows, Snapshot
 
 __all__ = ["Quarantine", "QuarantinedChange", "rebase"]
 
@@ -56,6 +56,11 @@ def rebase(changes: Sequence[Change], dropped: Change, message_count: int) -> li
     return rebased
 
 
+def _of(incarnation: str, rows: HeadRows | None) -> HeadRows | None:
+    """The rows, if they are of this incarnation."""
+    return rows if rows is not None and rows.session.incarnation == incarnation else None
+
+
 class _Seq(msgspec.Struct):
     seq: int
 
@@ -82,11 +87,13 @@ class Quarantine:
             for incarnation, held in groupby(rows, key=lambda row: row.incarnation):
                 changes = [decode_change(row.change) for row in held]
                 head = await snapshot.head(changes[0].session_id, outcomes_max=OUTCOMES_MAX)
-                mine = head if head is not None and head.session.incarnation == incarnation else None
-                self._residents.restore(changes, mine)
+                mine = _of(incarnation, head)
+                self._residents.restore(changes, mine, succeeded=head is not None and mine is None)
                 self._scheduler.hold(incarnation)
                 for change in changes:
                     self._log.quarantine(change.sequence)
+                    if change.outcome is not None:
+                        self._door.remember(change.outcome)
                 count += len(changes)
         return count
 
@@ -138,40 +145,46 @@ class Quarantine:
         """
         resident = await self._held(session_id)
         async with self._door.view(resident) as snapshot:
-            rows = await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX)
-        held = resident.held
-        dropped, rest = held[0], held[1:]
-        if rows is not None and rows.session.incarnation != resident.incarnation:
-            raise SessionNotFound(session_id)
+            rows = _of(resident.incarnation, await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX))
+        self._check(resident)
+        dropped, *rest = resident.held
         if rows is None:
-            voided, rest = held, []
+            voided, rest = resident.held, []
         else:
             voided, rest = [dropped], rebase(rest, dropped, rows.session.message_count)
         void = self._resequence(resident, [msgspec.structs.replace(change, void=True) for change in voided])
         remade = self._residents.remake(resident, rows)
         self._scheduler.let_go(resident.incarnation)
-        owner = remade if remade is not None else resident
         for change in void:
+            if change.outcome is not None:
+                self._door.forget(change.outcome)
             self._log.accepted = change.sequence
-            self._scheduler.add(Pending(change, owner, 0))
-        changes = self._resequence(owner, rest)
-        for change in changes:
-            self._log.accepted = change.sequence
-            self._residents.add(change, owner)
-            self._scheduler.add(Pending(change, owner, 0))
+            self._scheduler.add(Pending(change, None, 0))
+        changes = []
+        if remade is not None:
+            changes = self._resequence(remade, rest)
+            for change in changes:
+                self._log.accepted = change.sequence
+                self._residents.add(change, remade)
+                self._scheduler.add(Pending(change, remade, 0))
         await self._log.wait_stored(self._log.accepted, first=void[0].sequence)
         return len(changes)
 
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""
         self._door.check_open()
-        resident = self._residents.find(session_id)
-        if isinstance(resident, Unknown) or resident is None or not resident.held:
+        resident = next((each for each in self._residents.held if each.session_id == session_id), None)
+        if resident is None:
             raise SessionNotFound(session_id)
         await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
-        if not resident.held:
-            raise SessionHeld(session_id)  # somebody else replays it at this moment
+        self._check(resident)
         return resident
+
+    def _check(self, resident: Resident) -> None:
+        """Somebody else may have replayed or dropped the changes meanwhile, or closed the runtime."""
+        self._door.check_open()
+        if resident.replaced or not resident.held:
+            raise SessionHeld(resident.session_id)
 
     def _resequence(self, resident: Resident, changes: Sequence[Change]) -> list[Change]:
         """The changes with the next sequences of the log, each resolving the one it comes from."""

@@ -79,6 +79,7 @@ class Resident:
         "outcomes_complete",
         "pending",
         "pins",
+        "replaced",
         "sequence",
         "session_id",
         "tail",
@@ -117,6 +118,7 @@ class Resident:
         self.documents_at = 0  # the sequence of the last change that touched documents, as far as memory knows
         self.unborn: int | None = None  # the sequence of the creation, while a view may lack it
         self.pins = 0
+        self.replaced = False  # only reads that were under way before another took its place still use it
         self.idle = False
         self.bytes = _HEAD_BYTES + self._details_bytes
 
@@ -421,20 +423,23 @@ class Residents:
         """A change of this session went to quarantine: it shows for as long as it is there."""
         resident.held.append(change)
 
-    def restore(self, changes: Iterable[Change], rows: HeadRows | None) -> Resident:
-        """At open: a session with quarantined changes, laid over what the database has of it."""
+    def restore(self, changes: Iterable[Change], rows: HeadRows | None, *, succeeded: bool) -> None:
+        """At open: a session with quarantined changes, laid over what the database has of it.
+
+        `succeeded`: it ends with its deletion, and the database has another session under its id.
+        """
         held = list(changes)
         first = held[0]
         resident = Resident(first.session_id, first.incarnation) if rows is None else Resident.from_rows(rows)
         for change in held:
             resident.apply(change)
         resident.held = held
-        self._entries[resident.session_id] = resident
+        if not succeeded:
+            self._entries[resident.session_id] = resident
         self.dirty[resident.incarnation] = resident
         self.bytes += resident.bytes
         if first.birth is not None:
             self._bear(resident, first)
-        return resident
 
     def resubmit(self, resident: Resident, changes: Iterable[Change]) -> None:
         """The held changes of a session are in the log again, as `changes`; they show already."""
@@ -446,16 +451,20 @@ class Residents:
                 resident.unborn = change.sequence
 
     def remake(self, resident: Resident, rows: HeadRows | None) -> Resident | None:
-        """Take a held session out of memory, and put it back as the database has it, if it does."""
+        """Take a held session out of memory, and put it back as the database has it, if it does.
+
+        Reads that are under way end on the resident as it was.
+        """
         self.dirty.pop(resident.incarnation)
         if resident.unborn is not None:
             self._unbear(resident)
-        if self._entries.get(resident.session_id) is resident:
+        resident.replaced = True
+        current = self._entries.get(resident.session_id)
+        if current is resident:
             del self._entries[resident.session_id]
-        self.bytes -= resident.bytes
-        resident.held, resident.bytes, resident.deleted = [], 0, True
-        self.admit(resident.session_id, rows)
-        return self._entries[resident.session_id]
+            self.admit(resident.session_id, rows)
+        self._rest(resident)
+        return None if rows is None else self._entries[resident.session_id]
 
     def open_view(self, resident: Resident | None, stored: int) -> View:
         """A read begins. To be closed whatever happens."""
@@ -518,11 +527,11 @@ class Residents:
 
     def _rest(self, resident: Resident) -> None:
         """Make the resident evictable if nothing needs it."""
-        if resident.pending or resident.pins or resident.held or resident.idle:
+        if resident.pins or resident.idle or ((resident.pending or resident.held) and not resident.replaced):
             return
         current = self._entries.get(resident.session_id)
         if current is not resident:
-            if resident.bytes:  # re-created under its id: this incarnation was kept for its unstored deletion only
+            if resident.bytes:  # another has its id by now: it was kept for its unstored deletion, or for reads, only
                 self.bytes -= resident.bytes
                 resident.bytes = 0
             return

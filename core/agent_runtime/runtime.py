@@ -45,7 +45,7 @@ from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
 from .status import Status, status_of
 from .storage import Grant, Storage, StorageConfig
-from .validation import check_id, check_limit, check_name, check_text, json_object
+from .validation import check_id, check_limit, check_message, check_name, check_text, json_object
 
 __all__ = ["Runtime", "open_runtime"]
 
@@ -212,6 +212,11 @@ class Runtime:
             list(new.messages),
         ]
         request = request_for(idempotency_key, route, arguments, msgspec.json.Decoder(tuple[str, str]).decode)
+        if self.plugins.appending:
+            messages = [self.plugins.before_append(new.session_id, message) for message in new.messages]
+            for message in messages:
+                check_message("system_prompt", message)
+            new = msgspec.structs.replace(new, messages=messages)
         created = True  # a call that is answered from its outcome did create the session: else it would have none
 
         def plan(current: Resident | None) -> Plan[tuple[str, str]]:
@@ -370,9 +375,7 @@ class Runtime:
         pending = self._scheduler.pending_changes
         if not pending:
             return None
-        left = DrainIncomplete(pending, self._scheduler.figures.last_error or "the drain took too long")
-        logger.error("%s", left)
-        return left
+        return DrainIncomplete(pending, self._scheduler.figures.last_error or "the drain took too long")
 
     async def _run_scheduler(self, drained: anyio.Event) -> None:
         try:

@@ -59,10 +59,10 @@ class Observers(Protocol):
 
 
 class Pending(NamedTuple):
-    """An unstored change; `size` is what it takes of the budget, in bytes."""
+    """An unstored change; `size` is what it takes of the budget, in bytes. A void one has no resident."""
 
     change: Change
-    resident: Resident
+    resident: Resident | None
     size: int
 
 
@@ -308,11 +308,12 @@ class Scheduler:
         residents: dict[int, Resident] = {}
         size = 0
         while waiting and waiting[0].change.sequence <= sequence:
-            pending = waiting.popleft()
-            residents[id(pending.resident)] = pending.resident
-            size += pending.size
-            if pending.change.incarnation in self._held:
-                self._residents.hold(pending.resident, pending.change)
+            change, resident, taken = waiting.popleft()
+            size += taken
+            if resident is not None:
+                residents[id(resident)] = resident
+                if change.incarnation in self._held:
+                    self._residents.hold(resident, change)
         self._oldest_at = self._taken_at
         self._log.advance(sequence)
         self._residents.stored(sequence, residents.values())
