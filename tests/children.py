@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -98,7 +99,7 @@ async def cancel_calls(url: str) -> None:
         target = await runtime.create_session("target")
         calls = Cancelling(runtime, target)
         before: dict[str, int] = {}
-        for round_number, longest_s in enumerate((60.0, 0.012)):  # first to the end: every connection is there then
+        for round_number, longest_s in enumerate((60.0, 0.012)):  # the first to their end
             for kind in calls.cancelled:
                 for first in range(0, CANCELLED_CALLS if round_number else AT_ONCE, AT_ONCE):
                     await runtime.flush()
@@ -108,6 +109,9 @@ async def cancel_calls(url: str) -> None:
                             after_s = longest_s * generator.uniform(0 if round_number else 1, 1) ** 2
                             tasks.start_soon(calls.call, kind, 1000 * round_number + number, after_s)
             await runtime.flush()
+            async with AsyncExitStack() as views:
+                for _ in range(runtime.status().pool.size - 1):  # all that read; one writes
+                    await views.enter_async_context(runtime._storage.snapshot())
             before = before or footprint()
         in_use = runtime.status().pool.in_use
         after = footprint()

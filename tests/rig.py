@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import anyio
 import pytest
@@ -55,18 +56,22 @@ def config(url: str = "faulty:memory:", /, **sections: dict[str, Any]) -> Config
 
 
 @asynccontextmanager
-async def running(
-    faults: Faults | None = None, database: MemoryDatabase | None = None, **sections: dict[str, Any]
-) -> AsyncIterator[Runtime]:
-    """A runtime over a memory database (default: a new one), with these faults."""
-    factory = (database or MemoryDatabase()).open
-    async with open_runtime(config(**sections), plugins=[faulty_plugin(factory, faults or Faults())]) as runtime:
+async def opened(options: Config, factory: StorageFactory, faults: Faults, *plugins: object) -> AsyncIterator[Runtime]:
+    """A runtime whose storages fail as planned. The plugins that are installed would take longer than most tests."""
+    async with AsyncExitStack() as stack:
+        with patch("agent_runtime.plugins._installed", list):
+            opening = open_runtime(options, plugins=[faulty_plugin(factory, faults), *plugins])
+            runtime = await stack.enter_async_context(opening)
         yield runtime
 
 
-def plugin(factory: StorageFactory, faults: Faults) -> object:
-    """The plugin of `faulty:`."""
-    return faulty_plugin(factory, faults)
+@asynccontextmanager
+async def running(
+    faults: Faults | None = None, database: MemoryDatabase | None = None, /, **sections: dict[str, Any]
+) -> AsyncIterator[Runtime]:
+    """A runtime over a memory database (default: a new one), with these faults."""
+    async with opened(config(**sections), (database or MemoryDatabase()).open, faults or Faults()) as runtime:
+        yield runtime
 
 
 class _JumpingSelector(selectors.SelectSelector):

@@ -27,6 +27,7 @@ from agent_runtime import (
     StorageUnavailable,
     door,
     hookimpl,
+    open_runtime,
 )
 from agent_runtime.residents import OUTCOMES_MAX
 from agent_runtime.storage import Snapshot, Storage, StorageConfig, StorageFactory
@@ -423,3 +424,18 @@ async def test_a_used_key_is_one_row(tmp_path: Path) -> None:
         for number, write in enumerate(WRITES):
             await write.call(runtime, again, idempotency_key=f"k{number}")
     assert len(rows(place, "SELECT * FROM outcomes")) == len(WRITES)
+
+
+async def test_a_call_that_changed_nothing_changes_nothing_when_it_is_repeated() -> None:
+    async with open_runtime("memory:") as runtime:
+        session = await runtime.create_session("s")
+        await session.clear(idempotency_key="clear")
+        assert await session.pop(idempotency_key="pop") is None
+        assert not await session.delete_document("notes", "a", idempotency_key="document")
+        await session.append("user", "hi")
+        await session.put_document("notes", "a", 1)
+        await session.clear(idempotency_key="clear")
+        assert await session.pop(idempotency_key="pop") is None
+        assert not await session.delete_document("notes", "a", idempotency_key="document")
+        assert [message.content for message in (await session.messages()).items] == ["hi"]
+        assert await session.get_document("notes", "a") is not None

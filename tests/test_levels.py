@@ -8,12 +8,17 @@ import anyio
 import pytest
 
 from agent_runtime import (
+    AgentRuntimeError,
     BlockingSessionHandle,
     DurabilityNotReached,
     InvalidInput,
+    LeaseHeld,
+    RuntimeClosed,
     SessionHandle,
+    SessionNotFound,
     StorageUnavailable,
 )
+from agent_runtime.errors import again
 from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from places import Place, everything, place_fixture
@@ -141,3 +146,10 @@ def test_threads_get_a_handle_of_theirs_when_a_level_is_not_reached(anyio_backen
             assert isinstance(caught.value.outcome, BlockingSessionHandle)
             assert caught.value.outcome.append("user", "hi").seq == 1
         outage.stop()
+
+
+@pytest.mark.parametrize("error", [RuntimeClosed(), LeaseHeld("somebody", 1.0), SessionNotFound("s")])
+def test_an_error_that_many_raise_is_not_one_object(error: AgentRuntimeError) -> None:
+    twin = again(error)
+    assert (type(twin), twin.args, str(twin), vars(twin)) == (type(error), error.args, str(error), vars(error))
+    assert twin is not error

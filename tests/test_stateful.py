@@ -34,7 +34,6 @@ from agent_runtime import (
     SessionNotFound,
     StorageUnavailable,
     Watermarks,
-    open_runtime,
     scheduler,
 )
 from agent_runtime.storage import StorageFactory
@@ -42,7 +41,8 @@ from agent_runtime.testing import Fault
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_sqlite import open_sqlite
 from model import Model, ModelSession, Outcome
-from rig import MeteredFaults, audit, audit_at_rest, config, plugin, quiet
+from places import in_file
+from rig import MeteredFaults, audit, audit_at_rest, config, opened, quiet
 
 T = TypeVar("T")
 Call: TypeAlias = Callable[[], Coroutine[Any, Any, T]]
@@ -102,7 +102,7 @@ class Machine(RuleBasedStateMachine):
             self.url, self.factory = "memory:", MemoryDatabase().open
         else:
             directory = self.stack.enter_context(TemporaryDirectory())
-            self.url, self.factory = f"sqlite:///{Path(directory) / 'sessions.db'}", open_sqlite
+            self.url, self.factory = in_file(Path(directory)).url, open_sqlite
 
     @initialize(tail_messages=st.integers(1, 5), bytes_max=st.sampled_from([0, 9_000, 65_536]), batch=st.integers(1, 9))
     def begin(self, tail_messages: int, bytes_max: int, batch: int) -> None:
@@ -114,10 +114,8 @@ class Machine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        opened = open_runtime(
-            config(f"faulty:{self.url}", **self.sections), plugins=[plugin(self.factory, self.faults)]
-        )
-        self.opened = self.portal.wrap_async_context_manager(opened)
+        opening = opened(config(f"faulty:{self.url}", **self.sections), self.factory, self.faults)
+        self.opened = self.portal.wrap_async_context_manager(opening)
         self.runtime = self.opened.__enter__()
         self.runtime._residents.bytes_max = self.bytes_max  # less than the configuration allows
 
@@ -170,8 +168,9 @@ class Machine(RuleBasedStateMachine):
         if outcome is None:
             result = self.run(call)
             effect(result)
-            assert self.runtime.watermarks.accepted == before + changes
-            if key is not None and changes:
+            recorded = changes or (key is not None and scope != "create")  # with a key it is known that it did nothing
+            assert self.runtime.watermarks.accepted == before + recorded
+            if key is not None and recorded:
                 self.model.outcomes[scope, key] = Outcome(route, arguments, gives(result))
         else:
             if (outcome.route, outcome.arguments) == (route, arguments):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import anyio
 
-from .errors import AgentRuntimeError, Overloaded
+from .errors import AgentRuntimeError, Overloaded, again
 
 __all__ = ["Budget"]
 
@@ -87,7 +87,7 @@ class Budget:
             raise
         if self._stopped is not None:
             self._leave(ticket)
-            raise self._stopped
+            raise again(self._stopped)
         if not ticket.event.is_set():
             self._leave(ticket)
             raise Overloaded(self._retry_after_s, self.used, self.bytes_max)

@@ -34,6 +34,7 @@ from .errors import (
     SessionNotFound,
     StorageError,
     StorageUnavailable,
+    again,
 )
 from .log import Log
 from .records import Durability
@@ -115,7 +116,7 @@ class Door:
     def check_open(self) -> None:
         """Raise what every call raises now, if the door is closed."""
         if self._closed is not None:
-            raise self._closed
+            raise again(self._closed)
 
     def level(self, durability: str | None) -> Durability:
         """The level that a call waits for."""
@@ -138,7 +139,7 @@ class Door:
         """
         while True:
             if self._closed is not None:
-                raise self._closed
+                raise again(self._closed)
             resident = self.residents.find(session_id)
             if not isinstance(resident, Unknown):
                 return resident
@@ -162,7 +163,7 @@ class Door:
         if flight is not None:
             await flight.landed.wait()
             if flight.error is not None:
-                raise flight.error
+                raise again(flight.error)
             return
         flight = self._flights[session_id] = _Flight()
         try:
@@ -223,7 +224,7 @@ class Door:
         try:
             while True:
                 if self._closed is not None:
-                    raise self._closed
+                    raise again(self._closed)
                 current = None if fresh else self.residents.find(session_id)
                 if isinstance(current, Unknown):
                     await self._load(session_id)
@@ -239,6 +240,8 @@ class Door:
                         return await self._repeat(outcome, request, level)
                 plan = decide(current)
                 change = plan.change
+                if change is None and request is not None and scope != CREATION_SCOPE and current is not None:
+                    change = self._without_effect(current)  # or a repetition, later, would do what this call did not
                 if change is None:
                     if level == "stored" and current is not None:  # what the result tells may not be stored yet
                         await self._wait(current.sequence, plan.result)
@@ -328,6 +331,18 @@ class Door:
         if level == "stored":
             await self._wait(outcome.sequence, result)
         return result
+
+    def _without_effect(self, current: Resident) -> Change:
+        """A change that brings nothing but the outcome it will be given."""
+        return Change(
+            sequence=self.log.accepted + 1,
+            previous=current.sequence,
+            session_id=current.session_id,
+            incarnation=current.incarnation,
+            last_activity=current.last_activity,
+            message_count=current.message_count,
+            next_seq=current.next_seq,
+        )
 
     def _with_outcome(self, change: Change, scope: str, request: Request[T], result: T) -> Change:
         outcome = OutcomeRow(

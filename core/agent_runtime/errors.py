@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 __all__ = [
     "AgentRuntimeError",
@@ -64,6 +64,16 @@ __all__ = [
 
 class AgentRuntimeError(Exception):
     """The root of the tree."""
+
+
+AnyError = TypeVar("AnyError", bound=AgentRuntimeError)
+
+
+def again(error: AnyError) -> AnyError:
+    """The same error once more: what several tasks raise must not be one object, or they share its traceback."""
+    twin = error.__class__.__new__(error.__class__, *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin
 
 
 class InvalidInput(AgentRuntimeError):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import anyio
 
-from .errors import AgentRuntimeError, Quarantined
+from .errors import AgentRuntimeError, Quarantined, again
 from .records import Watermarks
 
 __all__ = ["Log"]
@@ -90,7 +90,7 @@ class Log:
         """
         if sequence > self.stored:
             if self._stopped is not None:
-                raise self._stopped
+                raise again(self._stopped)
             self._numbers += 1
             waiter = _Waiter(sequence, self._numbers)
             heapq.heappush(self._waiters, waiter)
@@ -102,7 +102,7 @@ class Log:
                     self._waiters.remove(waiter)
                     heapq.heapify(self._waiters)
             if waiter.error is not None:
-                raise waiter.error
+                raise again(waiter.error)
         low = bisect_left(self._quarantined, sequence if first is None else first)
         high = bisect_right(self._quarantined, sequence)
         if low < high:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from itertools import groupby
 from typing import Final, Literal
 
 import msgspec
@@ -19,7 +18,7 @@ from .door import Door
 from .errors import SessionHeld, SessionNotFound
 from .log import Log
 from .residents import OUTCOMES_MAX, Resident, Residents
-from .rows import QuarantineRow
+from .rows import QuarantineRow, SessionRow
 from .scheduler import Pending, Scheduler
 from .storage import HeadRows, Snapshot
 
@@ -56,6 +55,19 @@ def rebase(changes: Sequence[Change], dropped: Change, message_count: int) -> li
     return rebased
 
 
+def _husk(dropped: Change, session: SessionRow) -> Change:
+    """What is left of a change that is given up: the seqs of its messages were shown, and are never used again."""
+    return Change(
+        sequence=dropped.sequence,
+        previous=session.sequence,
+        session_id=dropped.session_id,
+        incarnation=dropped.incarnation,
+        last_activity=session.last_activity,
+        message_count=session.message_count,
+        next_seq=max(session.next_seq, dropped.next_seq),
+    )
+
+
 def _of(incarnation: str, rows: HeadRows | None) -> HeadRows | None:
     """The rows, if they are of this incarnation."""
     return rows if rows is not None and rows.session.incarnation == incarnation else None
@@ -82,13 +94,13 @@ class Quarantine:
         """At open: bring every held session into memory. Returns how many changes there are."""
         count = 0
         async with self._door.view(None) as snapshot:
-            rows = [row async for row in self._rows(snapshot)]
-            rows.sort(key=lambda row: (row.incarnation, row.sequence))
-            for incarnation, held in groupby(rows, key=lambda row: row.incarnation):
-                changes = [decode_change(row.change) for row in held]
+            held: dict[str, list[Change]] = {}
+            async for row in self._rows(snapshot):
+                held.setdefault(row.incarnation, []).append(decode_change(row.change))
+            for incarnation, changes in held.items():
                 head = await snapshot.head(changes[0].session_id, outcomes_max=OUTCOMES_MAX)
-                mine = _of(incarnation, head)
-                self._residents.restore(changes, mine, succeeded=head is not None and mine is None)
+                succeeded = head is not None and head.session.sequence > changes[-1].sequence
+                self._residents.restore(changes, _of(incarnation, head), succeeded=succeeded)
                 self._scheduler.hold(incarnation)
                 for change in changes:
                     self._log.quarantine(change.sequence)
@@ -147,28 +159,25 @@ class Quarantine:
         async with self._door.view(resident) as snapshot:
             rows = _of(resident.incarnation, await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX))
         self._check(resident)
-        dropped, *rest = resident.held
-        if rows is None:
-            voided, rest = resident.held, []
-        else:
-            voided, rest = [dropped], rebase(rest, dropped, rows.session.message_count)
-        void = self._resequence(resident, [msgspec.structs.replace(change, void=True) for change in voided])
+        held = resident.held
         remade = self._residents.remake(resident, rows)
         self._scheduler.let_go(resident.incarnation)
-        for change in void:
-            if change.outcome is not None:
-                self._door.forget(change.outcome)
+        if rows is None or remade is None:
+            left = 0
+            changes = self._resequence(resident, [msgspec.structs.replace(change, void=True) for change in held])
+        else:
+            left = len(held) - 1
+            rest = rebase(held[1:], held[0], rows.session.message_count)
+            changes = self._resequence(remade, [_husk(held[0], rows.session), *rest])
+        for change in changes:
             self._log.accepted = change.sequence
-            self._scheduler.add(Pending(change, None, 0))
-        changes = []
-        if remade is not None:
-            changes = self._resequence(remade, rest)
-            for change in changes:
-                self._log.accepted = change.sequence
+            if remade is not None:
                 self._residents.add(change, remade)
-                self._scheduler.add(Pending(change, remade, 0))
-        await self._log.wait_stored(self._log.accepted, first=void[0].sequence)
-        return len(changes)
+            elif change.outcome is not None:
+                self._door.forget(change.outcome)
+            self._scheduler.add(Pending(change, remade, 0))
+        await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
+        return left
 
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""

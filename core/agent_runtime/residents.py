@@ -451,7 +451,7 @@ class Residents:
                 resident.unborn = change.sequence
 
     def remake(self, resident: Resident, rows: HeadRows | None) -> Resident | None:
-        """Take a held session out of memory, and put it back as the database has it, if it does.
+        """Take a held session out of memory, and put it back as the database has it, if it does, to be changed at once.
 
         Reads that are under way end on the resident as it was.
         """
@@ -459,12 +459,16 @@ class Residents:
         if resident.unborn is not None:
             self._unbear(resident)
         resident.replaced = True
-        current = self._entries.get(resident.session_id)
-        if current is resident:
+        remade = None
+        if self._entries.get(resident.session_id) is resident:
             del self._entries[resident.session_id]
             self.admit(resident.session_id, rows)
+            remade = self._entries[resident.session_id]
+        elif rows is not None:  # another session has the id by now, this one goes on to its deletion
+            remade = Resident.from_rows(rows)
+            self.bytes += remade.bytes
         self._rest(resident)
-        return None if rows is None else self._entries[resident.session_id]
+        return remade
 
     def open_view(self, resident: Resident | None, stored: int) -> View:
         """A read begins. To be closed whatever happens."""

@@ -31,6 +31,7 @@ from .errors import (
     RuntimeClosed,
     SessionNotFound,
     StorageUnavailable,
+    again,
 )
 from .identifiers import Identifiers, utc_now
 from .lease import LeaseKeeper, claim_of
@@ -358,7 +359,7 @@ class Runtime:
                 body_error.add_note(f"agent-runtime: {left}")
             raise body_error
         if self._fenced is not None:
-            raise self._fenced
+            raise again(self._fenced)
         if left:
             raise left
 

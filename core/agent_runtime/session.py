@@ -91,7 +91,7 @@ def _json(kind: type[T]) -> Callable[[str], T]:
 
 
 _read_messages: Final = _json(list[Message])
-_read_popped: Final[Callable[[str], Message | None]] = _json(Message)  # a call that popped nothing has no outcome
+_read_popped: Final[Callable[[str], Message | None]] = msgspec.json.Decoder(Message | None).decode
 _read_session: Final = _json(Session)
 _read_context: Final = _json(AgentContext)
 _read_bool: Final = _json(bool)

@@ -10,7 +10,7 @@ from statistics import median
 from time import perf_counter
 from typing import Final, TypeAlias
 
-__all__ = ["Side", "compare", "figure", "percentile", "seconds", "side_by_side"]
+__all__ = ["Side", "compare", "figure", "seconds", "side_by_side", "spread"]
 
 Side: TypeAlias = Callable[[], Awaitable[float]]
 """Does something once, and tells what is compared of it: mostly the seconds that it took."""
@@ -67,15 +67,17 @@ async def compare(
     assert met, f"{name}: {ratio:.2f}, the target is {target}"
 
 
-def percentile(samples: Sequence[float], percent: float) -> float:
-    """The sample that `percent` of all do not exceed."""
-    return sorted(samples)[min(len(samples) - 1, int(len(samples) * percent / 100))]
+def spread(name: str, samples: Sequence[float]) -> None:
+    """Print the median, the 99th percentile and the maximum of seconds."""
+    ordered = sorted(samples)
+    p99 = ordered[int(len(ordered) * 0.99)]
+    shown = ", ".join(_shown(value, "s") for value in (median(ordered), p99, ordered[-1]))
+    print(f"\n  {'':8}  {'figure':8} {name}: p50, p99, max  {shown}", end="")
 
 
-def figure(name: str, value: float, unit: str = "") -> None:
-    """Print a figure that has no target."""
-    shown = f"{value:.2f}" if not unit else _shown(value, unit)
-    print(f"\n  {shown:>8}  {'figure':8} {name}", end="")
+def figure(name: str, value: float) -> None:
+    """Print a ratio that has no target."""
+    print(f"\n  {value:8.2f}  {'figure':8} {name}", end="")
 
 
 def _shown(value: float, unit: str) -> str:
