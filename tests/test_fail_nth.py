@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from agent_runtime import NewMessage, Quarantined, Runtime, SessionHandle, SessionNotFound, StorageUnavailable
-from agent_runtime.testing import Fault, Faults, writes_message
+from agent_runtime.testing import CallName, Fault, Faults, writes_message
 from agent_runtime_memory import MemoryDatabase
 from model import Model, ModelSession
 from rig import audit, audit_at_rest, running
@@ -259,13 +259,16 @@ async def test_the_tale_as_it_is() -> None:
     assert tale.faults.count() > 100
 
 
-async def until_none_is_left(plan: Callable[[Faults, int], Fault], first: int, step: int) -> None:
+async def until_none_is_left(
+    plan: Callable[[Faults, int], Fault], name: CallName | None = None, *, first: int = 1, step: int = 1
+) -> None:
+    """Tell the tale again and again; in each a fault is planned for the nth call (of that name)."""
     for nth in count(first, step):
         tale = Tale()
         fault = plan(tale.faults, nth)
         tale.planned.append(fault)
         await tale.told()
-        if nth > tale.faults.count():
+        if nth > tale.faults.count(name):
             return
         assert fault.hits <= 1
 
@@ -274,28 +277,21 @@ def without_effect(faults: Faults, nth: int) -> Fault:
     return faults.fail(nth=nth, error=OSError("odd") if nth % 3 == 0 else None)
 
 
-def after_its_effect(faults: Faults, nth: int) -> Fault:
-    return faults.fail(nth=nth, after_effect=True)
-
-
-@pytest.mark.parametrize("plan", [without_effect, after_its_effect])
-async def test_the_nth_call_fails(plan: Callable[[Faults, int], Fault], anyio_backend_name: str) -> None:
+async def test_the_nth_call_fails_without_effect(anyio_backend_name: str) -> None:
     """Half of them on each event loop."""
-    await until_none_is_left(plan, 1 + (anyio_backend_name == "trio"), 2)
+    await until_none_is_left(without_effect, first=1 + (anyio_backend_name == "trio"), step=2)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("plan", [without_effect, after_its_effect])
-async def test_every_call_fails_on_every_loop(plan: Callable[[Faults, int], Fault]) -> None:
-    await until_none_is_left(plan, 1, 1)
+async def test_every_nth_call_fails_without_effect() -> None:
+    await until_none_is_left(without_effect)
+
+
+@pytest.mark.parametrize("name", ["open", "acquire", "apply", "purge", "release"])
+async def test_the_nth_call_fails_after_its_effect(name: CallName) -> None:
+    await until_none_is_left(lambda faults, nth: faults.fail(name, nth=nth, after_effect=True), name)
 
 
 async def test_the_nth_batch_is_committed_late() -> None:
-    for nth in count(1):
-        tale = Tale()
-        fault = tale.faults.commit_late(nth=nth)
-        tale.planned.append(fault)
-        await tale.told()
-        if nth > tale.faults.count("apply"):
-            return
+    await until_none_is_left(lambda faults, nth: faults.commit_late(nth=nth), "apply")

@@ -352,8 +352,10 @@ class Runtime:
             except BaseException as error:  # noqa: BLE001 — kept out of the task group's exception group, raised below
                 body_error = error
             self._door.close()
-            left = await self._drain(drained)
-            tasks.cancel_scope.cancel()
+            tasks.start_soon(self._drain, drained)  # a task of its own: asyncio's `Task.cancel` passes all shields
+        left = None
+        if pending := self._scheduler.pending_changes:
+            left = DrainIncomplete(pending, self._scheduler.figures.last_error or "the drain took too long")
         if body_error is not None:
             if left:
                 body_error.add_note(f"agent-runtime: {left}")
@@ -363,20 +365,16 @@ class Runtime:
         if left:
             raise left
 
-    async def _drain(self, drained: anyio.Event) -> DrainIncomplete | None:
-        """Store what is left, as far as the budget goes. Returns the error for what could not be stored."""
+    async def _drain(self, drained: anyio.Event) -> None:
+        """Store what is left, as far as the budget goes; then end the other tasks."""
         self._scheduler.stop()
-        if self._fenced is None:
-            with anyio.move_on_after(self.config.write_behind.drain_timeout_s, shield=True):
-                await drained.wait()
-        self._scheduler.abandon(self._fenced or RuntimeClosed())
         with anyio.CancelScope(shield=True):
+            if self._fenced is None:
+                with anyio.move_on_after(self.config.write_behind.drain_timeout_s):
+                    await drained.wait()
+            self._scheduler.abandon(self._fenced or RuntimeClosed())
             await drained.wait()
-        self._lease_scope.cancel()
-        pending = self._scheduler.pending_changes
-        if not pending:
-            return None
-        return DrainIncomplete(pending, self._scheduler.figures.last_error or "the drain took too long")
+            self._lease_scope.cancel()
 
     async def _run_scheduler(self, drained: anyio.Event) -> None:
         try:
