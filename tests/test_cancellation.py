@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -461,10 +462,8 @@ def test_a_task_that_asyncio_itself_cancels_drains() -> None:
             for _ in range(waits):
                 await asyncio.sleep(0)
             task.cancel()
-            try:
+            with contextlib.suppress(asyncio.CancelledError, DurabilityNotReached):
                 await task
-            except (asyncio.CancelledError, DurabilityNotReached):
-                pass
             await visit.check()
         assert len(visit.acknowledged) > 60
 
