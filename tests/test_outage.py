@@ -301,6 +301,7 @@ async def test_who_waits_for_room_makes_the_flush_come() -> None:
     async with observed(Faults(), pending_bytes_max=65_536, interval_s=1000.0) as (runtime, _):
         handle = await runtime.create_session("s")
         await handle.append("user", "x" * 20_000)  # less than half of the budget: no reason to flush
+        await all_wait()
         start = anyio.current_time()
         await handle.append("user", "y" * 50_000)
         assert anyio.current_time() - start < 0.1

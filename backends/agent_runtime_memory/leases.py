@@ -41,7 +41,7 @@ def acquire(
     if before.holder is not None and before.expires_at is not None:
         expires_in_s = before.expires_at - time
         if expires_in_s > 0 and before.opening in open_now:
-            raise LeaseHeld(before.holder, expires_in_s)
+            raise LeaseHeld(before.holder, expires_in_s, before.address)
     standing = Standing(
         sequence=before.sequence,
         epoch=before.epoch + 1,

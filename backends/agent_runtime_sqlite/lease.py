@@ -81,7 +81,7 @@ class SqliteLeases:
         row = await partition_row(connection, claim.partition) or await _new_partition(connection, claim.partition)
         left_s = remaining_s(row, claim.boot_id, now)
         if left_s is not None and left_s > 0 and not is_dead(_facts(row)):
-            raise LeaseHeld(row["holder"], left_s)
+            raise LeaseHeld(row["holder"], left_s, row["address"])
         fence = Fence(partition=claim.partition, epoch=row["epoch"] + 1, journal_id=claim.journal_id)
         await connection.execute(
             update(partitions)

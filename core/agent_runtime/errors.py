@@ -233,13 +233,14 @@ class JournalMismatch(JournalError):
 
 
 class LeaseHeld(AgentRuntimeError):
-    """Another runtime holds the right to write. `holder` says who."""
+    """Another runtime holds the right to write. `holder` says who; `address` is its server's URL, if it has one."""
 
-    def __init__(self, holder: str, expires_in_s: float | None = None) -> None:
+    def __init__(self, holder: str, expires_in_s: float | None = None, address: str | None = None) -> None:
         until = f", for {expires_in_s:.1f} s more unless renewed" if expires_in_s is not None else ""
         super().__init__(f"the database is in use by {holder}{until}")
         self.holder = holder
         self.expires_in_s = expires_in_s
+        self.address = address
 
 
 class LeaseLost(AgentRuntimeError):

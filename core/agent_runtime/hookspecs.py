@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import pluggy
 
 from .changes import Batch, Change, Receipt
+from .client import ClientFactory
 from .records import NewMessage
 from .storage import StorageFactory
 
@@ -46,6 +47,10 @@ class HookSpecs:
     @hookspec
     def agent_runtime_commands(self, app: typer.Typer) -> None:
         """Add commands to the command line."""
+
+    @hookspec
+    def agent_runtime_clients(self) -> Mapping[str, ClientFactory]:  # type: ignore[empty-body]
+        """The URL schemes of servers that this plugin can talk to: how commands reach sessions that a server has."""
 
     @hookspec
     def agent_runtime_lifespan(self, runtime: Runtime) -> AbstractAsyncContextManager[object] | None:

@@ -22,6 +22,7 @@ import msgspec
 import pluggy
 
 from .changes import Batch, Change, Receipt
+from .client import ClientFactory
 from .config import did_you_mean
 from .errors import ConfigError, InvalidInput, PluginError
 from .hookspecs import PROJECT, HookSpecs
@@ -199,12 +200,18 @@ class PluginManager:
         """Every plugin, in the order of registration; disabled ones as well."""
         return list(self._infos)
 
-    # -- storages -----------------------------------------------------------------------------------------------------
+    # -- storages and clients -----------------------------------------------------------------------------------------
 
     def storages(self) -> dict[str, StorageFactory]:
         """The factory of each URL scheme."""
-        hook = "agent_runtime_storages"
-        factories: dict[str, StorageFactory] = {}
+        return self._factories("agent_runtime_storages", "stores under")
+
+    def clients(self) -> dict[str, ClientFactory]:
+        """The factory of each URL scheme."""
+        return self._factories("agent_runtime_clients", "talks to servers under")
+
+    def _factories(self, hook: str, does: str) -> dict[str, Any]:
+        factories: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for plugin, result in self.results(hook):
             if not isinstance(result, Mapping):
@@ -216,7 +223,7 @@ class PluginManager:
                     )
                 if scheme in owners:
                     raise PluginError(
-                        plugin, hook, f"stores under {scheme!r}, as {owners[scheme]!r} does; disable one of the two"
+                        plugin, hook, f"{does} {scheme!r}, as {owners[scheme]!r} does; disable one of the two"
                     )
                 owners[scheme], factories[scheme] = plugin, factory
         return factories
@@ -237,6 +244,19 @@ class PluginManager:
             near = did_you_mean(scheme, factories) if difflib.get_close_matches(scheme, factories) else ""
             raise InvalidInput("storage.url", f"no plugin stores under {scheme!r}; there are: {known}{near}")
         return factories[scheme]
+
+    def client_for(self, url: str) -> ClientFactory:
+        """The factory for the URL of a server, by its scheme.
+
+        Raises:
+            InvalidInput: no plugin talks to servers under its scheme.
+        """
+        scheme = url.partition(":")[0].lower()
+        clients = self.clients()
+        if scheme not in clients:
+            known = ", ".join(sorted(clients)) or "none"
+            raise InvalidInput("server", f"is not a URL that a plugin talks to; their schemes are: {known}")
+        return clients[scheme]
 
     # -- commands, lifespans, messages --------------------------------------------------------------------------------
 

@@ -272,15 +272,7 @@ class Runtime:
             cursor = page.next
 
     def _handle(self, session_id: str, incarnation: str, *, created: bool = False) -> SessionHandle:
-        return SessionHandle(
-            session_id,
-            incarnation,
-            created=created,
-            door=self._door,
-            planner=self._planner,
-            reads=self._reads,
-            hooks=self.plugins,
-        )
+        return SessionHandle(session_id, incarnation, created, self._door, self._planner, self._reads, self.plugins)
 
     # The log
 

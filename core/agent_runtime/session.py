@@ -110,12 +110,11 @@ class SessionHandle:
         self,
         session_id: str,
         incarnation: str,
-        *,
+        created: bool,
         door: Door,
         planner: Planner,
         reads: Reads,
         hooks: Hooks,
-        created: bool = False,
     ) -> None:
         self.session_id = session_id
         self.incarnation = incarnation

@@ -59,6 +59,7 @@ _ROLES: Final = frozenset(ROLES)
 _FIELDS: Final = frozenset(NewMessage.__struct_fields__)
 _RESERVED: Final = _FIELDS | {"seq"}
 _INT_END: Final = 10**JSON_INT_DIGITS_MAX
+_MISSING: Final = object()
 _KEY_SHOWN_CHARS_MAX: Final = 40
 _JSON_HINTS: Final[tuple[tuple[type | tuple[type, ...], str], ...]] = (
     (str, "convert it to a plain str"),
@@ -380,7 +381,8 @@ def check_message(path: str, message: NewMessage) -> None:
 def _check_fields(path: str, message: NewMessage) -> None:
     if not _is_role(message.role):
         _refuse(_field(path, "role"), f"is unknown; it is one of {', '.join(ROLES)}")
-    _check_content(_field(path, "content"), message.content)
+    if message.content is not None:
+        _check_content(_field(path, "content"), message.content)
     if message.name is not None:
         check_label(_field(path, "name"), message.name)
     if message.tool_calls is not None:
@@ -410,7 +412,7 @@ def _check_content(path: str, content: object) -> None:
                 _refuse((path, index), f"must be a content part, which is a dict, not {_kind(part)}")
     elif type(content) is str:
         _check_characters(path, content)
-    elif content is not None:
+    else:
         _refuse(path, f"must be a str, a list of content parts or None, not {_kind(content)}")
 
 
@@ -418,12 +420,13 @@ def _check_tool_calls(path: str, tool_calls: object) -> None:
     if not isinstance(tool_calls, list):
         _refuse(path, f"must be a list of tool calls or None, not {_kind(tool_calls)}")
     for index, call in enumerate(tool_calls):
-        call_path = f"{path}[{index}]"
         if not isinstance(call, dict):
-            _refuse(call_path, f"must be a tool call, which is a dict, not {_kind(call)}")
-        if "id" not in call:
-            _refuse(f"{call_path}.id", "is missing; results are matched to calls by it")
-        check_label(f"{call_path}.id", call["id"])
+            _refuse((path, index), f"must be a tool call, which is a dict, not {_kind(call)}")
+        call_id = dict.get(call, "id", _MISSING)
+        if call_id is _MISSING:
+            _refuse(((path, index), "id"), "is missing; results are matched to calls by it")
+        if not (_is_clean(call_id) and 0 < len(call_id) <= ID_CHARS_MAX):
+            check_label(f"{path}[{index}].id", call_id)
     _walk(path, tool_calls, 1)
 
 

@@ -11,7 +11,7 @@ from ..config import Config
 from ..sources import load_config
 from .logs import configure_logging
 
-__all__ = ["AsJson", "ConfigFile", "StorageUrl", "load"]
+__all__ = ["AsJson", "ConfigFile", "ServerUrl", "StorageUrl", "load"]
 
 ConfigFile: TypeAlias = Annotated[
     Path | None,
@@ -28,6 +28,16 @@ StorageUrl: TypeAlias = Annotated[
         "--storage",
         metavar="URL",
         help="Database to open instead of the configured one, such as sqlite:///data/agent_runtime.db.",
+        show_default=False,
+    ),
+]
+ServerUrl: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="Server to ask, such as http://127.0.0.1:8001. Without it the database is opened; if a server has it "
+        "open, that one is asked.",
         show_default=False,
     ),
 ]

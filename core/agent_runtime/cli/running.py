@@ -13,12 +13,14 @@ from typing import Generic, TypeVar
 import anyio
 from anyio.abc import TaskStatus
 
+from ..client import SessionsClient
 from ..config import Config, known_keys
-from ..errors import AgentRuntimeError, ConfigError, InvalidInput
+from ..errors import AgentRuntimeError, ConfigError, InvalidInput, LeaseHeld, StorageUnavailable
+from ..plugins import PluginManager
 from ..runtime import Runtime, open_runtime
-from .exits import LEFT, SIGNALLED, Failure, failure_of
+from .exits import HELD, LEFT, SIGNALLED, Failure, failure_of
 
-__all__ = ["run", "with_place"]
+__all__ = ["run", "run_anywhere", "with_place"]
 
 T = TypeVar("T")
 
@@ -33,10 +35,34 @@ def run(config: Config, work: Callable[[Runtime], Awaitable[T]]) -> T:
     return _Run(config, work).run()
 
 
+def run_anywhere(config: Config, server: str | None, work: Callable[[SessionsClient], Awaitable[T]]) -> T:
+    """Do the work where the sessions are: with this server; without one as `run`, or if a server has them, with that.
+
+    Raises:
+        Failure, Exception: as `run`.
+    """
+    return _Run(config, work, lambda url: _at_server(config, url, work), server).run()
+
+
+async def _at_server(config: Config, url: str, work: Callable[[SessionsClient], Awaitable[T]]) -> T:
+    plugins = PluginManager(disabled=config.plugins.disabled)
+    plugins.load()
+    async with plugins.client_for(url)(url) as sessions:
+        return await work(sessions)
+
+
 class _Run(Generic[T]):
-    def __init__(self, config: Config, work: Callable[[Runtime], Awaitable[T]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        work: Callable[[Runtime], Awaitable[T]],
+        at_server: Callable[[str], Awaitable[T]] | None = None,
+        server: str | None = None,
+    ) -> None:
         self._config = config
         self._work = work
+        self._at_server = at_server
+        self._server = server
         self._runtime: Runtime | None = None
         self._results: list[T] = []
         self._error: Exception | None = None
@@ -59,7 +85,7 @@ class _Run(Generic[T]):
         async with anyio.create_task_group() as tasks:
             await tasks.start(self._watch, tasks.cancel_scope)
             try:
-                await self._opened()
+                await self._done()
             except Exception as error:  # noqa: BLE001 — kept out of the task group's exception group, raised by run()
                 self._error = error
             tasks.cancel_scope.cancel()
@@ -71,6 +97,20 @@ class _Run(Generic[T]):
                 self._signal = number
                 break
         scope.cancel()
+
+    async def _done(self) -> None:
+        if self._at_server is not None and self._server is not None:
+            self._results.append(await self._at_server(self._server))
+            return
+        try:
+            await self._opened()
+        except LeaseHeld as held:
+            if self._at_server is None or held.address is None:
+                raise
+            try:
+                self._results.append(await self._at_server(held.address))
+            except StorageUnavailable as error:
+                raise Failure(str(held), str(error), code=HELD) from error
 
     async def _opened(self) -> None:
         try:

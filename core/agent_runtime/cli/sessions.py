@@ -9,14 +9,14 @@ from typing import Annotated
 import anyio
 import typer
 
+from ..client import SessionClient, SessionsClient
 from ..errors import SessionNotFound
 from ..records import Message, Session
-from ..runtime import Runtime
-from ..session import PAGE_ITEMS_MAX, SessionHandle
+from ..session import PAGE_ITEMS_MAX
 from .conversation import Line, head_lines, message_lines, switch_lines
 from .exits import FAILED, USAGE, Failure, tell
-from .options import AsJson, ConfigFile, StorageUrl, load
-from .running import run
+from .options import AsJson, ConfigFile, ServerUrl, StorageUrl, load
+from .running import run_anywhere
 from .terminal import console, is_terminal, output_is_terminal, write
 from .text import json_line, moment, visible
 
@@ -36,21 +36,22 @@ def list_sessions(
     as_json: AsJson = False,
     config_file: ConfigFile = None,
     storage: StorageUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """List sessions, the newest first.
 
     On a terminal as a table; elsewhere a line each, with tabs between id, user, title, messages and last activity;
     with --json a JSON object a line.
     """
-    run(load(config_file, storage), partial(_list, user=user, limit=limit, as_json=as_json))
+    run_anywhere(load(config_file, storage), server, partial(_list, user=user, limit=limit, as_json=as_json))
 
 
-async def _list(runtime: Runtime, *, user: str | None, limit: int | None, as_json: bool) -> None:
+async def _list(sessions: SessionsClient, *, user: str | None, limit: int | None, as_json: bool) -> None:
     cursor: str | None = None
     listed = 0
     while limit is None or listed < limit:
         count = PAGE_ITEMS_MAX if limit is None else min(limit - listed, PAGE_ITEMS_MAX)
-        page = await runtime.list_sessions(user_id=user, limit=count, cursor=cursor)
+        page = await sessions.list_sessions(user_id=user, limit=count, cursor=cursor)
         if as_json:
             await write("".join(map(json_line, page.items)))
         elif output_is_terminal():
@@ -93,16 +94,19 @@ def show_session(
     as_json: AsJson = False,
     config_file: ConfigFile = None,
     storage: StorageUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """Show a session: what is known of it, which agents had it, and the conversation.
 
     With --json as one JSON object with the keys session, context, switches and messages.
     """
-    run(load(config_file, storage), partial(_show, session_id=session_id, limit=limit, as_json=as_json))
+    run_anywhere(
+        load(config_file, storage), server, partial(_show, session_id=session_id, limit=limit, as_json=as_json)
+    )
 
 
-async def _show(runtime: Runtime, *, session_id: str, limit: int | None, as_json: bool) -> None:
-    session = await runtime.get_session(session_id)
+async def _show(sessions: SessionsClient, *, session_id: str, limit: int | None, as_json: bool) -> None:
+    session = await sessions.get_session(session_id)
     record, context, switches = await session.record(), await session.context(), await session.switches()
     newest = None if limit is None else await _newest(session, limit)
     if as_json:
@@ -123,7 +127,7 @@ async def _show(runtime: Runtime, *, session_id: str, limit: int | None, as_json
             return
 
 
-async def _newest(session: SessionHandle, limit: int) -> list[Message]:
+async def _newest(session: SessionClient, limit: int) -> list[Message]:
     """The newest messages, the oldest of them first."""
     newest: list[Message] = []
     after: int | None = None
@@ -158,6 +162,7 @@ def delete_sessions(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
     config_file: ConfigFile = None,
     storage: StorageUrl = None,
+    server: ServerUrl = None,
 ) -> None:
     """Delete sessions with all they have. Asks first; without a terminal to ask on, --yes is needed."""
     config = load(config_file, storage)
@@ -168,23 +173,23 @@ def delete_sessions(
         what = f"session {session_ids[0]!r}" if len(session_ids) == 1 else f"{len(session_ids)} sessions"
         if not typer.confirm(f"Delete {visible(what)} with all messages?", err=True):
             raise Failure("nothing is deleted")
-    missing = run(config, partial(_delete, session_ids=list(dict.fromkeys(session_ids))))
+    missing = run_anywhere(config, server, partial(_delete, session_ids=list(dict.fromkeys(session_ids))))
     if missing:
         raise typer.Exit(FAILED)
 
 
-async def _delete(runtime: Runtime, *, session_ids: list[str]) -> int:
+async def _delete(sessions: SessionsClient, *, session_ids: list[str]) -> int:
     """Delete what is there, all or nothing of each. Returns how many are not."""
     deleted: list[str] = []
     missing = 0
     for session_id in session_ids:
         try:
-            await (await runtime.get_session(session_id)).delete(durability="buffered")
+            await (await sessions.get_session(session_id)).delete(durability="buffered")
         except SessionNotFound as error:
             tell(str(error))
             missing += 1
         else:
             deleted.append(session_id)
-    await runtime.flush()
+    await sessions.flush()
     await write("".join(f"deleted {visible(session_id)}\n" for session_id in deleted))
     return missing

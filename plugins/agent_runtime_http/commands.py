@@ -1,0 +1,46 @@
+"""The command `serve`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import anyio
+import typer
+
+from agent_runtime import AgentRuntimeError, ConfigError, DrainIncomplete, load_config
+from agent_runtime.cli.exits import LEFT, Failure
+from agent_runtime.cli.logs import configure_logging
+from agent_runtime.cli.options import ConfigFile, StorageUrl
+from agent_runtime.cli.running import with_place
+
+from .engines import Loop
+from .serve import run_server
+
+__all__ = ["serve"]
+
+
+def serve(
+    config: ConfigFile = None,
+    storage: StorageUrl = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on, instead of http.host.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Port, instead of http.port; 0 takes a free one.")
+    ] = None,
+    loop: Annotated[Loop, typer.Option("--loop", help="Event loop; trio comes with the extra `trio`.")] = "asyncio",
+) -> None:
+    """Serve the sessions over HTTP, until SIGTERM or Ctrl-C. Then what is not stored yet is stored."""
+    given = {"storage.url": storage, "http.host": host, "http.port": port}
+    settings = load_config(config, overrides={key: value for key, value in given.items() if value is not None})
+    configure_logging(settings, quiet=False)
+    if loop == "trio" and find_spec("hypercorn") is None:
+        raise ConfigError(["--loop trio needs Hypercorn: pip install 'agent-runtime[trio]'"])
+    options = {"use_uvloop": True} if loop == "asyncio" else {}
+    try:
+        anyio.run(run_server, settings, loop, typer.echo, backend=loop, backend_options=options)
+    except DrainIncomplete as error:
+        raise Failure(str(error), code=LEFT) from error
+    except AgentRuntimeError as error:
+        raise with_place(error, settings) from error

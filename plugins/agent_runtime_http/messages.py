@@ -1,0 +1,98 @@
+"""Messages: appended, listed, removed; the history for a model. Appending and the history are the hot paths."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+from agent_runtime import DurabilityNotReached, InvalidInput
+
+from .answers import NO_CONTENT, Answer, json_answer
+from .problems import Refusal
+from .resources import Call, Operations, operation
+
+__all__ = ["OPERATIONS"]
+
+_is_seq: Final = re.compile(r"[0-9]{1,18}").fullmatch
+
+
+@operation(durability=str)
+async def append(call: Call) -> Answer:
+    """Append one message in chat format; 201 and the message as it is kept."""
+    message = await call.object()
+    session = await call.session()
+    return json_answer(await session.append_message(message, **call.query), 201)
+
+
+@operation(durability=str)
+async def append_batch(call: Call) -> Answer:
+    """Append messages, all or none; 201 and the messages."""
+    given = await call.members(required=("messages",))
+    session = await call.session()
+    try:
+        return json_answer({"items": await session.append_many(given["messages"], **call.query)}, 201)
+    except DurabilityNotReached as error:
+        error.outcome = {"items": error.outcome}
+        raise
+
+
+@operation(after=int, limit=int, order=str)
+async def list_messages(call: Call) -> Answer:
+    """A page of messages in order of seq."""
+    return json_answer(await (await call.session()).messages(**call.query))
+
+
+@operation()
+async def show(call: Call) -> Answer:
+    """One message, by its seq."""
+    seq = call.path["seq"]
+    if not _is_seq(seq):
+        raise InvalidInput("seq", "must be a whole number")
+    message = await (await call.session()).message(int(seq))
+    if message is None:
+        raise Refusal("message-not-found", f"the session has no message {seq}, or not any more")
+    return json_answer(message)
+
+
+@operation(durability=str)
+async def clear(call: Call) -> Answer:
+    """Remove all messages; 204."""
+    await (await call.session()).clear(**call.query)
+    return NO_CONTENT
+
+
+@operation(durability=str)
+async def pop(call: Call) -> Answer:
+    """Remove the last message; 200 and the message, 404 if there is none."""
+    message = await (await call.session()).pop(**call.query)
+    if message is None:
+        raise Refusal("message-not-found", "the session has no messages")
+    return json_answer(message)
+
+
+@operation(limit=int)
+async def history(call: Call) -> Answer:
+    """The conversation in chat format, valid for a model."""
+    session = await call.session()
+    messages = await session.history_json(**call.query)
+    return Answer(b'{"session_id":%b,"messages":%b}' % (msgspec.json.encode(session.session_id), messages))
+
+
+@operation(durability=str)
+async def append_tool_result(call: Call) -> Answer:
+    """Append the result of a tool call; 201 and the message."""
+    given = await call.members(required=("call_id", "tool_name", "result"))
+    session = await call.session()
+    return json_answer(await session.append_tool_result(**given, **call.query), 201)
+
+
+OPERATIONS: Final[Operations] = {
+    "/v1/sessions/{session_id}/messages": {"POST": append, "GET": list_messages, "DELETE": clear},
+    "/v1/sessions/{session_id}/history": {"GET": history},
+    "/v1/sessions/{session_id}/tool-results": {"POST": append_tool_result},
+    "/v1/sessions/{session_id}/messages/batch": {"POST": append_batch},
+    "/v1/sessions/{session_id}/messages/pop": {"POST": pop},
+    "/v1/sessions/{session_id}/messages/{seq}": {"GET": show},
+}

@@ -1,0 +1,141 @@
+"""A path of the API: what each method does there, and all that is the same for every one of them.
+
+An operation is a coroutine function of one `Call`, marked with the query parameters that it takes. They are read before
+it runs. What the runtime refuses is answered with a pointer to the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from starlette.types import Receive, Scope, Send
+
+from agent_runtime import InvalidInput, Runtime, SessionHandle
+
+from .answers import Answer
+from .bodies import JSON, check_json_type, decode_json, read_body
+from .problems import Fault, Refusal, answer_to, invalid, pointer_to
+from .queries import Parameters, read_query
+from .service import Service
+
+__all__ = ["Call", "Handler", "Operation", "Operations", "Resource", "operation"]
+
+
+class Call:
+    """One request, as an operation sees it. `path` has the parts of the path, `query` the parameters that are given."""
+
+    __slots__ = ("_receive", "_scope", "path", "query", "service")
+
+    def __init__(
+        self, service: Service, scope: Scope, receive: Receive, path: Mapping[str, str], query: dict[str, Any]
+    ) -> None:
+        self.service = service
+        self.path = path
+        self.query = query
+        self._scope = scope
+        self._receive = receive
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime.
+
+        Raises:
+            RuntimeClosed: it is not open.
+        """
+        return self.service.running()
+
+    def session(self) -> Awaitable[SessionHandle]:
+        """The session that the path names."""
+        return self.service.running().get_session(self.path["session_id"])
+
+    @property
+    def root(self) -> str:
+        """What the paths of this application begin with."""
+        root: str = self._scope.get("root_path", "")
+        return root
+
+    def body(self) -> Awaitable[tuple[bytes, bytes | None]]:
+        """The body as it came, and what it says it is: its Content-Type. To be read once."""
+        return read_body(self._scope, self._receive, self.service.body_bytes_max)
+
+    async def object(self, types: Collection[str] = JSON, may_be_empty: bool = False) -> dict[str, Any]:
+        """The body as a JSON object."""
+        body, content_type = await read_body(self._scope, self._receive, self.service.body_bytes_max)
+        if may_be_empty and not body:
+            return {}
+        check_json_type(content_type, types)
+        value = decode_json(body)
+        if type(value) is not dict:
+            raise invalid([Fault("", "the body must be a JSON object")])
+        return value
+
+    async def members(
+        self,
+        required: Collection[str] = (),
+        optional: Collection[str] = (),
+        types: Collection[str] = JSON,
+        may_be_empty: bool = False,
+    ) -> dict[str, Any]:
+        """The body as a JSON object with these members, and no others."""
+        value = await self.object(types, may_be_empty)
+        known = (*required, *optional)
+        unknown = f"is unknown; there are: {', '.join(known)}"
+        faults = [Fault(pointer_to(name), unknown) for name in value if name not in known]
+        faults += [Fault(pointer_to(name), "is missing") for name in required if name not in value]
+        if faults:
+            raise invalid(faults)
+        return value
+
+
+Handler: TypeAlias = Callable[[Call], Awaitable[Answer]]
+
+
+class Operation(NamedTuple):
+    """What one method of a path does, and the query parameters that it takes."""
+
+    handler: Handler
+    parameters: Parameters
+
+
+Operations: TypeAlias = Mapping[str, Mapping[str, Operation]]
+"""Operations by path and method."""
+
+
+def operation(**parameters: type[str] | type[int]) -> Callable[[Handler], Operation]:
+    """Mark a handler as an operation that takes these query parameters."""
+    return lambda handler: Operation(handler, parameters)
+
+
+class Resource:
+    """One path with its operations by method; an ASGI application."""
+
+    def __init__(self, service: Service, operations: Mapping[str, Operation]) -> None:
+        self._service = service
+        self._operations: Final = dict(operations)
+        if "GET" in operations:
+            self._operations["HEAD"] = operations["GET"]
+        self._allow = ", ".join(sorted({*self._operations, "OPTIONS"})).encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.respond(scope["path_params"], scope, receive, send)
+
+    async def respond(self, path: Mapping[str, str], scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, given the parts of its path."""
+        operation = self._operations.get(scope["method"])
+        if operation is None:
+            answer = self._without_operation(scope["method"])
+        else:
+            handler, parameters = operation
+            query = read_query(scope["query_string"], parameters) if scope["query_string"] else {}
+            try:
+                answer = await handler(Call(self._service, scope, receive, path, query))
+            except InvalidInput as error:
+                answer = answer_to(error, path=path, query=parameters)
+        await answer(scope, receive, send)
+
+    def _without_operation(self, method: str) -> Answer:
+        headers = [(b"allow", self._allow)]
+        if method == "OPTIONS":
+            return Answer(status=204, media_type=b"", headers=headers)
+        raise Refusal("method-not-allowed", f"allowed are {self._allow.decode()}", headers=headers)

@@ -1,0 +1,126 @@
+"""The outermost layer of the application: nothing comes in or goes out but through here.
+
+In order, for each request: the path as it was sent is looked at, before anyone acts on the decoded one; then come the
+plugins' middleware and authentication; then the short way to the hot paths of a session, else Starlette's router.
+Whatever is raised on the way is answered with a problem document, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .answers import Disconnected
+from .extensions import Extensions
+from .problems import Fault, Refusal, answer_to, invalid
+from .resources import Resource
+from .service import Service
+
+__all__ = ["Surface"]
+
+_STARTED: Final = "agent_runtime.started"
+_HEALTH: Final = frozenset({"/health", "/livez", "/readyz"})
+_is_encoded: Final = re.compile(rb"(?:[^%]|%[0-9A-Fa-f]{2})*").fullmatch
+
+
+class Surface:
+    """Middleware of the Starlette application. `hot` are the resources below `/v1/sessions/{session_id}/`, by name."""
+
+    def __init__(self, app: ASGIApp, service: Service, hot: Mapping[str, Resource]) -> None:
+        self._app = _marking(app)
+        self._service = service
+        self._hot = hot
+        self._adopt(service.extensions)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._pass(scope, receive, send)
+            return
+        if self._extensions is not self._service.extensions:
+            self._adopt(self._service.extensions)
+        try:
+            raw_path = scope.get("raw_path")
+            if raw_path is not None and b"%" in raw_path:
+                _check_encoding(raw_path)
+            await self._stack(scope, receive, send)
+        except Disconnected:
+            return
+        except Exception as error:  # noqa: BLE001 — whatever it is, it is answered, and says no more than it may
+            answer = answer_to(error)
+            if _STARTED not in scope:
+                await answer(scope, receive, send)
+
+    def _adopt(self, extensions: Extensions) -> None:
+        """Put the plugins of the runtime that was opened around the rest."""
+        stack: ASGIApp = self._authenticate if extensions.authenticates else self._route
+        if extensions.middleware:
+            for middleware in reversed(extensions.middleware):
+                stack = middleware(stack)
+            stack = _marking(stack)
+        self._extensions = extensions
+        self._stack = stack
+
+    async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _path(scope) not in _HEALTH:
+            self._extensions.authenticate(scope)
+        await self._route(scope, receive, send)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        match _path(scope).split("/"):
+            case ["", "v1", "sessions", session_id, name] if name in self._hot:
+                await self._hot[name].respond({"session_id": session_id}, scope, receive, send)
+            case ["", "v1", *segments] if "" in segments:
+                raise invalid([Fault("{path}", "has an empty segment: ids, collections and keys have a character")])
+            case _:
+                await self._app(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The lifespan, and the WebSockets of plugins."""
+        extensions = self._service.extensions
+        if scope["type"] == "websocket" and extensions.authenticates:
+            try:
+                extensions.authenticate(scope)
+            except Refusal:
+                await send({"type": "websocket.close", "code": 1008})
+                return
+        await self._app(scope, receive, send)
+
+
+def _marking(app: ASGIApp) -> ASGIApp:
+    """The application, with its scope marked once it has begun to answer. (Our own operations answer in one go.)"""
+
+    async def marked(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            scope[_STARTED] = True
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return marked
+
+
+def _path(scope: Scope) -> str:
+    """The path below where the application is mounted."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
+def _check_encoding(raw_path: bytes) -> None:
+    """Refuse what servers would decode to something else than the client meant: `a%2Fmessages` is one id to it."""
+    if not _is_encoded(raw_path):
+        raise _malformed("has a % that is not followed by two hexadecimal digits")
+    if b"%2f" in raw_path.lower():
+        raise invalid([Fault("{path}", "has an encoded slash (%2F): ids, collections and keys have no slash")])
+    try:
+        unquote_to_bytes(raw_path).decode()
+    except UnicodeDecodeError:
+        raise _malformed("is not percent-encoded UTF-8") from None
+
+
+def _malformed(problem: str) -> Refusal:
+    return Refusal("malformed", f"the path {problem}", [Fault("{path}", problem)])
