@@ -24,12 +24,13 @@ from agent_runtime import (
     open_runtime_blocking,
 )
 from agent_runtime_memory import MemoryDatabase, MemoryPlugin
+from postgres_server import migrated_schema, url_of
 
 T = TypeVar("T")
 Look: TypeAlias = Callable[[Runtime], Awaitable[T]]
 
 NEVER_S = 1_000_000.0
-KINDS = ("memory", "sqlite")
+KINDS = ("memory", "sqlite", "postgresql")
 SHORT = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -45,12 +46,16 @@ objects = st.dictionaries(texts, values, max_size=5)
 
 
 class Place:
-    """A database. Unless told otherwise a runtime on it stores nothing but on demand."""
+    """A database. Unless told otherwise a runtime on it stores nothing but on demand.
 
-    def __init__(self, url: str, *plugins: object, path: Path | None = None) -> None:
+    `journal` is where its journal lies, if that is not the storage's to say.
+    """
+
+    def __init__(self, url: str, *plugins: object, path: Path | None = None, journal: Path | None = None) -> None:
         self.url = url
         self._plugins = plugins
         self._path = path
+        self._journal = journal
 
     @property
     def path(self) -> Path:
@@ -61,6 +66,8 @@ class Place:
 
     def config(self, **sections: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {"write_behind": {"interval_s": NEVER_S}, "lease": {"duration_s": 60.0}}
+        if self._journal is not None:
+            defaults["journal"] = {"directory": str(self._journal)}
         return Config.of(
             self.url, **{name: defaults.get(name, {}) | sections.get(name, {}) for name in defaults | sections}
         )
@@ -97,9 +104,16 @@ def _empty_file() -> bytes:
         return path.read_bytes()
 
 
+def in_schema(directory: Path) -> Place:
+    """A new schema on the PostgreSQL server of this run; its journal lies in the directory."""
+    return Place(url_of(migrated_schema()), journal=directory / "journal")
+
+
 def place_of(kind: str, directory: Path) -> Place:
     """A new database of one of KINDS."""
-    return in_memory() if kind == "memory" else in_file(directory)
+    if kind == "memory":
+        return in_memory()
+    return in_file(directory) if kind == "sqlite" else in_schema(directory)
 
 
 def forget(runtime: Runtime) -> None:

@@ -141,11 +141,11 @@ def audit(runtime: Runtime) -> None:
     entries = books._entries
     known = {id(each): each for each in entries.values() if each is not None}
     known |= {id(each): each for each in books.dirty.values()}
-    known |= {id(view.resident): view.resident for view in books._views if view.resident is not None and not view.ended}
+    known |= {id(view.resident): view.resident for view in books._views if view.resident is not None}
     for resident in known.values():
         _audit_resident(resident)
-    absent = sum(each is None for each in entries.values())
-    assert books.bytes == sum(each.bytes for each in known.values()) + absent * residents._ABSENT_BYTES
+    absent = [name for name, each in entries.items() if each is None]
+    assert books.bytes == sum(each.bytes for each in known.values()) + sum(map(residents._absent_bytes, absent))
     assert books.bytes <= books.bytes_max or all(name in entries for name in books._idle)
 
     unsettled = [change for each in books.dirty.values() for change in each.pending]
@@ -166,7 +166,10 @@ def audit(runtime: Runtime) -> None:
     assert {change.sequence for change in pending} <= {change.sequence for change in unsettled} | {
         change.sequence for change in pending if change.void
     }
-    assert budget.used >= sum(each.size for each in scheduler._pending)
+    held = sum(each.held_bytes for each in books.dirty.values())
+    settling = sum(size for _, _, size in books._settling)
+    assert scheduler._pending_bytes == sum(each.size for each in scheduler._pending)
+    assert budget.used >= scheduler._pending_bytes + held + settling
 
 
 def audit_at_rest(runtime: Runtime) -> None:
@@ -175,8 +178,9 @@ def audit_at_rest(runtime: Runtime) -> None:
     books, log, budget, scheduler = runtime._residents, runtime._log, runtime._budget, runtime._scheduler
     assert not scheduler._pending
     assert log.stored == log.accepted
-    assert not log._waiters
-    assert budget.used == 0
+    assert not log.store_awaited
+    assert not log.sync_awaited
+    assert budget.used == sum(each.held_bytes for each in books.dirty.values())
     assert not budget._queue
     assert not books._views
     assert not books._settling
@@ -191,8 +195,8 @@ def needed_bytes(runtime: Runtime) -> int:
     needed = 0
     for resident in runtime._residents.dirty.values():
         unstored = [raw for change in resident.pending for raw in change.messages]
-        needed += resident.bytes - sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
-        needed += sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in unstored)
+        needed += resident.bytes - resident.tail_bytes
+        needed += sum(map(residents.message_bytes, unstored))
         needed -= 0 if resident.chat is None else len(resident.chat[1])
     return needed
 
@@ -211,10 +215,14 @@ def _audit_resident(resident: Resident) -> None:
     assert all(resident.tail_from < seq < resident.next_seq for seq in resident.tail_seqs)
     if resident.bytes == 0:
         return  # it is kept for its unstored deletion only, or for a read that is under way
-    size = residents._HEAD_BYTES + len(resident.metadata) + len(resident.context.metadata)
-    size += len(resident.title or "") + len(resident.description or "")
-    size += sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
-    size += sum(residents._OUTCOME_BYTES + len(row.outcome) for row in resident.outcomes.values())
+    texts = (resident.metadata, resident.context.metadata, resident.title, resident.description)
+    size = residents._HEAD_BYTES + sum(map(residents.text_bytes, texts))
+    tail_bytes = sum(len(bytes(raw)) + residents._MESSAGE_BYTES for raw in resident.tail)
+    outcomes_bytes = sum(
+        residents._OUTCOME_BYTES + residents.text_bytes(row.outcome) for row in resident.outcomes.values()
+    )
+    assert (resident.tail_bytes, resident.outcomes_bytes) == (tail_bytes, outcomes_bytes)
+    size += tail_bytes + outcomes_bytes
     size += 0 if resident.lead is None else len(bytes(resident.lead))
     size += 0 if resident.chat is None else len(resident.chat[1])
     assert resident.bytes == size

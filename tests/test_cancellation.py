@@ -16,10 +16,10 @@ from anyio.lowlevel import checkpoint
 
 from agent_runtime import DurabilityNotReached, NewMessage, Quarantined, Runtime, SessionHandle, SessionNotFound
 from agent_runtime.testing import Faults, writes_message
+from agent_runtime.testing.kit.cancellation import cancelled_everywhere
 from agent_runtime_memory import MemoryDatabase
 from model import Model, ModelSession
 from rig import all_wait, audit, audit_at_rest, running
-from storage_contract.cancellation import cancelled_everywhere
 
 pytestmark = pytest.mark.anyio
 
@@ -319,7 +319,7 @@ async def test_a_flush_is_cancelled_anywhere() -> None:
         async for _ in cancelled_everywhere(runtime.flush):
             waits += 1
             audit(runtime)
-            assert not runtime._log._waiters
+            assert not runtime._log.store_awaited
             await runtime.flush()
             audit_at_rest(runtime)
             await handle.append("user", f"{waits}")
@@ -453,7 +453,7 @@ async def test_a_runtime_that_is_cancelled_anywhere_drains() -> None:
         await visit.check()
     await visit.check()
     assert waits > 15
-    assert len(visit.acknowledged) > 3 * waits / 2
+    assert len(visit.acknowledged) > waits
 
 
 def test_a_task_that_asyncio_itself_cancels_drains() -> None:

@@ -27,12 +27,12 @@ from agent_runtime.changes import (
 )
 from agent_runtime.records import ROLES, Message
 from agent_runtime.storage import StorageConfig
+from agent_runtime.testing.kit import values
+from agent_runtime.testing.kit.dump import Dump, dump
+from agent_runtime.testing.kit.world import Call, World, calls
+from agent_runtime.testing.kit.writer import NOON, Writer, claim
+from agent_runtime.testing.kit.writer import message_row as a_message_row
 from agent_runtime_memory import MemoryDatabase
-from storage_contract import values
-from storage_contract.dump import Dump, dump
-from storage_contract.kit import NOON, Writer, claim
-from storage_contract.kit import message_row as a_message_row
-from storage_contract.world import Call, World, calls
 
 pytestmark = pytest.mark.anyio
 

@@ -23,7 +23,7 @@ from agent_runtime.sources import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 API_DEFAULTS: dict[str, dict[str, Any]] = {
-    "storage": {"url": "sqlite:///data/agent_runtime.db", "options": {}},
+    "storage": {"url": "sqlite:///data/agent_runtime.db", "options": {}, "read_timeout_s": 30.0},
     "journal": {
         "enabled": True,
         "directory": None,
@@ -32,7 +32,7 @@ API_DEFAULTS: dict[str, dict[str, Any]] = {
         "retain_s": 0,
     },
     "write_behind": {
-        "durability": "buffered",
+        "durability": "journaled",
         "interval_s": 5.0,
         "batch_changes": 1000,
         "pending_bytes_max": 67108864,
@@ -110,7 +110,12 @@ def _as_text(value: object) -> str:
 SETTABLE: dict[str, tuple[object, object, object]] = {
     "storage.url": ("memory:", "sqlite:///a.db", "sqlite:///b.db"),
     "storage.options": ({"a": 1}, {"b": [True]}, {}),
+    "storage.read_timeout_s": (1, 2.5, 60),
     "journal.enabled": (False, True, False),
+    "journal.directory": ("a", "b", "c"),
+    "journal.sync_interval_s": (0.5, 2, 3.5),
+    "journal.segment_bytes": (4096, 4097, 10**12),
+    "journal.retain_s": (1, 2.5, 0),
     "write_behind.durability": ("stored", "buffered", "stored"),
     "write_behind.interval_s": (0.5, 2, 3.5),
     "write_behind.batch_changes": (1, 2, 3),
@@ -238,6 +243,12 @@ def test_from_python() -> None:
         ('storage: {url: "memory:\\n"}', "1: storage.url: must not hold control characters"),
         ("storage: {options: [1]}", "1: storage.options: must be a mapping, not a list"),
         ("journal: {enabled: 1}", "1: journal.enabled: must be true or false"),
+        ("journal: {directory: ''}", "1: journal.directory: must not be empty"),
+        ("journal: {segment_bytes: 4095}", "1: journal.segment_bytes: must be greater than or equal to 4096"),
+        (
+            "write_behind: {durability: safe}",
+            "1: write_behind.durability: must be 'buffered', 'journaled', 'synced' or 'stored'",
+        ),
         ("logging: {level: LOUD}", "1: logging.level: must be 'DEBUG', 'INFO', 'WARNING', 'ERROR' or 'CRITICAL'"),
         ("logging: {format: xml}", "1: logging.format: must be 'text' or 'json'"),
         ("plugins: {disabled: http}", "1: plugins.disabled: must be a list, as in [a, b], not text"),
@@ -246,16 +257,6 @@ def test_from_python() -> None:
 )  # fmt: skip
 def test_faults_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
     assert problems(write(tmp_path, text)) == [f"file.yaml:{expected}"]
-
-
-@pytest.mark.parametrize("level", ["journaled", "synced"])
-def test_levels_that_need_the_journal(tmp_path: Path, level: str) -> None:
-    text = "the journal is not in this version yet; use buffered or stored"
-    assert problems(write(tmp_path, f"write_behind: {{durability: {level}}}")) == [
-        f"file.yaml:1: write_behind.durability: {text}"
-    ]
-    name = variable("write_behind.durability")
-    assert problems(environ={name: level}) == [f"{name}: {text}"]
 
 
 @pytest.mark.parametrize("key", NOT_LANDED)
@@ -270,7 +271,7 @@ def test_a_key_whose_feature_has_not_landed_is_accepted_only_at_its_default(key:
 
 
 def test_not_landed_are_exactly_these() -> None:
-    assert {key.split(".")[0] for key in NOT_LANDED} == {"journal", "lease", "retention", "http"}
+    assert {key.split(".")[0] for key in NOT_LANDED} == {"lease", "retention", "http"}
     assert [key for key in NOT_LANDED if key.startswith("lease")] == ["lease.unreachable", "lease.wait"]
     assert [key for key in NOT_LANDED if key.startswith("http")] == ["http.tokens", "http.tokens_file"]
 
@@ -541,6 +542,7 @@ def test_nothing_shows_a_secret(tmp_path: Path) -> None:
     assert config.shown()["storage"] == {
         "url": "postgresql://me:***@host/db",
         "options": {"password": "***", "ssl": {"private_key": "***"}, "tail": {"token_count": 5}},
+        "read_timeout_s": 30.0,
     }
 
 

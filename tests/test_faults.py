@@ -23,19 +23,15 @@ from agent_runtime.testing import (
     writes_message,
     writes_session,
 )
-from agent_runtime_memory import MemoryDatabase
-from storage_contract import (
-    BatchContract,
-    ClosingContract,
-    LeaseContract,
-    PurgeContract,
-    ReadContract,
-    SnapshotContract,
-)
-from storage_contract.kit import (
+from agent_runtime.testing.kit import NewStorage, Opener
+from agent_runtime.testing.kit.batches import BatchContract
+from agent_runtime.testing.kit.closing import ClosingContract
+from agent_runtime.testing.kit.leases import LeaseContract
+from agent_runtime.testing.kit.purging import PurgeContract
+from agent_runtime.testing.kit.reads import ReadContract
+from agent_runtime.testing.kit.snapshots import SnapshotContract
+from agent_runtime.testing.kit.writer import (
     NOON,
-    NewOpener,
-    Opener,
     Writer,
     claim,
     context_row,
@@ -45,6 +41,7 @@ from storage_contract.kit import (
     session_row,
     switch_row,
 )
+from agent_runtime_memory import MemoryDatabase
 
 pytestmark = pytest.mark.anyio
 
@@ -80,6 +77,7 @@ async def every_call(open_storage: Callable[[], Any]) -> None:
             await snapshot.collections("a")
             await snapshot.sessions(limit=1)
             await snapshot.outcome("a", "1")
+            await snapshot.outcomes(limit=1)
             await snapshot.quarantine(limit=1)
             await snapshot.lease()
             await snapshot.journal("j")
@@ -98,7 +96,7 @@ class TestWithoutFaults(BatchContract, ClosingContract, LeaseContract, PurgeCont
     """With an empty plan a faulty storage keeps the whole contract."""
 
     @pytest.fixture
-    def new_opener(self) -> NewOpener:
+    def new_storage(self) -> NewStorage:
         def make() -> Opener:
             database, faults = MemoryDatabase(), Faults()
 
@@ -210,13 +208,13 @@ async def test_faults_are_stopped_one_or_all() -> None:
 async def test_an_outage() -> None:
     faults = Faults()
     async with faulty(faults) as writer:
-        start = anyio.current_time() + 0.02
-        fault = faults.fail_between(start, start + 0.02)
+        start = anyio.current_time() + 0.2
+        fault = faults.fail_between(start, start + 0.4)
         await writer.apply()
         await anyio.sleep_until(start)
         with pytest.raises(StorageUnavailable, match="outage"):
             await writer.apply()
-        await anyio.sleep_until(start + 0.02)
+        await anyio.sleep_until(start + 0.4)
         await writer.apply()
         assert fault.hits == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +142,21 @@ def test_another_kind_of_server() -> None:
         thread.join()
     assert done.returncode == 1
     assert done.stderr == f"agent-runtime: {url} answers 200, and not as a server of agent-runtime\n"
+
+
+def test_commands_that_serve_nothing_load_no_server() -> None:
+    program = """
+import sys
+import typer
+from agent_runtime.plugins import PluginManager
+
+plugins = PluginManager()
+plugins.load()
+plugins.commands(typer.Typer())
+plugins.client_for("http://127.0.0.1")
+assert not {"hypercorn", "starlette", "uvicorn"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.anyio

@@ -87,13 +87,14 @@ async def test_conversations_survive_a_restart_in_their_midst(kind: str, tmp_pat
     sender = Sender()
     with start_server() as server:
         assert not await sender.run(server.url, half, partial(server.signal, signal.SIGTERM))
-        assert server.ended() in (0, -signal.SIGTERM)  # uvicorn by itself ends by the signal
+        assert server.ended() == (-signal.SIGTERM if kind == "fastapi" else 0)  # uvicorn by itself ends by the signal
     acknowledged = sender.acknowledged
     assert half <= acknowledged < 2 * half
     with start_server() as server:
         async with httpx.AsyncClient(base_url=server.url) as client:
             listed = (await client.get("/v1/sessions?limit=1000")).json()["items"]
-            assert sum(item["message_count"] for item in listed) == acknowledged
+            kept = sum(item["message_count"] for item in listed)
+            assert acknowledged <= kept <= acknowledged + CONNECTIONS  # answers may be lost as connections close
         assert await sender.run(server.url)
         async with httpx.AsyncClient(base_url=server.url) as client:
             for conversation in given:

@@ -298,7 +298,14 @@ MEMBERS: list[tuple[str, str, Any, list[str]]] = [
     ("POST", MESSAGES, NAN.replace(b"NaN", b"1e999"), ["/metadata/a~0~1b/1"]),
     ("POST", MESSAGES, SURROGATE, ["/content"]),
     ("POST", MESSAGES, b'{"role": "user", "metadata": {"\\ud800": 1}}', ["/metadata/\\ud800"]),
-    ("POST", MESSAGES, {"role": "user", "refusal": "\0"}, ["/extra/refusal"]),
+    ("POST", MESSAGES, {"role": "user", "refusal": "\0"}, ["/refusal"]),
+    ("POST", MESSAGES, {"role": "user", "extra": {"refusal": "\0"}, "other": 1}, ["/extra/refusal"]),
+    ("POST", MESSAGES, {"role": "user", "extra": {"a": 1}, "refusal": {"extra": "\0"}}, ["/refusal/extra"]),
+    ("POST", MESSAGES, {"role": "user", "extra": {"a": 1}, "a": 2}, ["/extra/a"]),
+    ("POST", MESSAGES, {"role": "user", "extra": 5}, ["/extra"]),
+    ("POST", MESSAGES, {"role": "user", "extra": {"role": "x"}}, ["/extra/role"]),
+    ("POST", MESSAGES, {"role": "user", "metadata": {"extra": "\0"}}, ["/metadata/extra"]),
+    ("POST", MESSAGES, {"role": "user", "metadata": {"a": {"extra": {"b": "\0"}}}}, ["/metadata/a/extra/b"]),
     ("POST", MESSAGES, {"role": "user", "metadata": {LONG: "\0"}}, ["/metadata"]),
     ("POST", MESSAGES, {"role": "assistant", "tool_calls": [{}]}, ["/tool_calls/0/id"]),
     ("POST", MESSAGES, {"role": "assistant", "tool_calls": {}}, ["/tool_calls"]),
@@ -314,6 +321,7 @@ MEMBERS: list[tuple[str, str, Any, list[str]]] = [
         {"messages": [MESSAGE] * 3 + [{"role": "user", "content": 5}]},
         ["/messages/3/content"],
     ),
+    ("POST", f"{MESSAGES}/batch", {"messages": [MESSAGE, {"role": "user", "x": "\0"}]}, ["/messages/1/x"]),
     ("POST", f"{S1}/tool-results", {"call_id": "c"}, ["/tool_name", "/result"]),
     ("POST", f"{S1}/tool-results", {"call_id": None, "tool_name": "t", "result": 1}, ["/call_id"]),
     ("POST", f"{S1}/tool-results", {"call_id": "c", "tool_name": "", "result": 1}, ["/tool_name"]),
@@ -605,6 +613,7 @@ def test_every_error_of_the_runtime_has_its_status() -> None:
         "LeaseLost": (503, "lease-lost", False),
         "DurabilityNotReached": (504, "durability-not-reached", False),
         "JournalFull": (507, "journal-full", False),
+        "JournalError": (503, "journal-unavailable", True),
     }
     for error in (JournalFull("12 bytes are free"), IdempotencyConflict("k1")):
         answer = answer_to(error)

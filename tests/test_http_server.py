@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from agent_runtime import LeaseHeld, open_runtime_blocking
+from agent_runtime import Config, LeaseHeld, open_runtime_blocking
 from http_rig import Server, environment, free_port, install, run, serving
 
 LOOPS = ["asyncio", "trio"]
@@ -29,7 +29,7 @@ MESSAGE = {"role": "user", "content": "hi"}
 PROBE = '''
 """What a test asks a server of itself, and streams that do as they are told or do not."""
 
-import asyncio, gc, threading
+import asyncio, gc, sys, threading
 import anyio
 import anyio.lowlevel
 import trio
@@ -46,7 +46,8 @@ async def holds(request):
         tasks = len(asyncio.all_tasks())
     else:
         tasks = trio.lowlevel.current_statistics().tasks_living
-    return JSONResponse({"tasks": tasks, "threads": threading.active_count(), "objects": len(gc.get_objects())})
+    memory = {"objects": len(gc.get_objects()), "blocks": sys.getallocatedblocks()}
+    return JSONResponse({"tasks": tasks, "threads": threading.active_count(), **memory})
 
 
 async def stream(request):
@@ -108,9 +109,10 @@ def test_it_says_where_it_listens_where_it_stores_and_which_plugins_are_on(stora
     with serving("--storage", storage, "--loop", loop) as server:
         first, second, third = server.output
         assert first == f"agent-runtime 0.1.0 listens on http://127.0.0.1:{server.port}"
-        assert second == f"stores in {storage} (durability: buffered)"
+        assert second.startswith(f"stores in {storage} (durability: ")
         assert {"http", "memory", "sqlite"} <= set(third.removeprefix("plugins: ").split(", "))
         assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert server.errors() == ""  # a new database is no news
 
 
 def test_secrets_are_not_said(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def agent_runtime_storages():
 """
     environ = {"PYTHONPATH": install(tmp_path, "vault", source)}
     with serving("--storage", "vault://ada:hunter2@host/db", environ=environ) as server:
-        assert server.output[1] == "stores in vault://ada:***@host/db (durability: buffered)"
+        assert server.output[1].startswith("stores in vault://ada:***@host/db (durability: ")
 
 
 def test_it_is_found_in_the_lease(storage: str) -> None:
@@ -326,8 +328,8 @@ def agent_runtime_storages():
         assert "2 change(s) could not be stored" in server.errors()
 
 
-def test_another_runtime_takes_over(storage: str, probe: dict[str, str]) -> None:
-    """A server that was frozen for longer than its lease finds out, ends by itself, and says what is lost."""
+def test_another_runtime_takes_over(storage: str, probe: dict[str, str], tmp_path: Path) -> None:
+    """A server that was frozen for longer than its lease finds out, ends by itself, and says what is not stored."""
     with serving("--storage", storage, environ=probe | {"AGENT_RUNTIME__LEASE__DURATION_S": "1"}) as server:
         appended(server)
         httpx.post(f"{server.url}/v1/flush").raise_for_status()
@@ -335,18 +337,19 @@ def test_another_runtime_takes_over(storage: str, probe: dict[str, str]) -> None
         server.signal(signal.SIGSTOP)
         try:
             with ExitStack() as stack:
-                assert until(lambda: takes_over(stack, storage))
+                assert until(lambda: takes_over(stack, storage, tmp_path / "journal"))
                 server.signal(signal.SIGCONT)
                 assert server.ended() == 4
         finally:
             server.signal(signal.SIGCONT)
         assert "1 change(s) could not be stored" in server.errors()
-    assert stored(storage) == 1
+    assert stored(storage) == 2  # they come back when its journal is opened again
 
 
-def takes_over(stack: ExitStack, storage: str) -> bool:
+def takes_over(stack: ExitStack, storage: str, journal: Path) -> bool:
+    """Open the database with a journal elsewhere: the frozen server has locked its own."""
     try:
-        stack.enter_context(open_runtime_blocking(storage))
+        stack.enter_context(open_runtime_blocking(Config.of(storage, journal={"directory": str(journal)})))
     except LeaseHeld:
         return False
     return True
@@ -366,9 +369,10 @@ HALVES = [
 
 
 def holds(server: Server, client: httpx.Client) -> dict[str, int]:
-    """What the server holds: tasks, threads, objects, open files."""
+    """What the server holds: tasks, threads, objects, blocks of memory, open files, and bytes."""
     found: dict[str, int] = client.get(f"{server.url}/holds").json()
-    return found | {"files": psutil.Process(server.process.pid).num_fds()}
+    process = psutil.Process(server.process.pid)
+    return found | {"files": process.num_fds(), "bytes": process.memory_info().rss}
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -396,7 +400,7 @@ def test_others_are_served_beside_500_connections_and_nothing_leaks(
             return after["files"] <= before["files"] and after["tasks"] <= before["tasks"]
 
         before = holds(server, client)
-        crowd(100)  # to warm up
+        crowd(300)  # to warm up
         assert until(settled)
         before = holds(server, client)
         crowd(500)
@@ -404,7 +408,11 @@ def test_others_are_served_beside_500_connections_and_nothing_leaks(
         assert until(settled)
         after = holds(server, client)
         assert after["threads"] <= before["threads"]
-        assert after["objects"] < before["objects"] + 2000
+        # Less than one for each of the 300 requests that came to the application; trio keeps a thousand past deadlines.
+        allowed = 200 if loop == "asyncio" else 4000
+        assert after["objects"] < before["objects"] + allowed
+        assert after["blocks"] < before["blocks"] + 2 * allowed
+        assert after["bytes"] < before["bytes"] + (16 << 20)
         record = client.get(f"{server.url}/v1/sessions/s1").json()
         assert record["message_count"] == count
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import agent_runtime_memory
 from agent_runtime.errors import InvalidInput, LeaseHeld
 from agent_runtime.storage import Storage, StorageConfig, StorageFactory
+from agent_runtime.testing.kit.writer import DAY, Writer, claim, outcome_row
 from agent_runtime_memory import MemoryDatabase, MemoryPlugin
 from agent_runtime_memory.tables import Table, Transaction, View
-from storage_contract.kit import DAY, Writer, claim, outcome_row
 
 pytestmark = pytest.mark.anyio
 

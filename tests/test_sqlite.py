@@ -25,15 +25,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_runtime.changes import Details, Touch
 from agent_runtime.errors import AgentRuntimeError, ChangeRejected, StorageFatal, StorageUnavailable
-from agent_runtime.storage import Abilities, StorageConfig
-from agent_runtime_sql import reads, writes
-from agent_runtime_sql.tables import metadata, time_text
-from agent_runtime_sqlite import open_sqlite, snapshot
-from agent_runtime_sqlite.errors import rejecting, translated
-from agent_runtime_sqlite.prepared import Prepared
-from storage_contract.kit import (
+from agent_runtime.storage import StorageConfig
+from agent_runtime.testing.kit import Opener
+from agent_runtime.testing.kit.writer import (
     NOON,
-    Opener,
     context_row,
     document_row,
     message_row,
@@ -43,6 +38,12 @@ from storage_contract.kit import (
     switch_row,
     writing,
 )
+from agent_runtime_sql import reads, snapshot, writes
+from agent_runtime_sql.tables import metadata, time_text
+from agent_runtime_sqlite import open_sqlite
+from agent_runtime_sqlite.errors import rejecting, translated
+from agent_runtime_sqlite.prepared import Prepared
+from agent_runtime_sqlite.transaction import WRITES
 
 pytestmark = pytest.mark.anyio
 
@@ -71,7 +72,7 @@ def run_in(file: Path, statement: str) -> None:
 
 async def test_it_declares_what_stored_survives(opener: Opener) -> None:
     async with opener() as storage:
-        assert storage.abilities == Abilities(survives="power")
+        assert storage.abilities.survives == "power"
         assert storage.figures().size == 4
 
 
@@ -440,7 +441,7 @@ async def test_a_running_batch_is_interrupted_and_undone(file: Path, opener: Ope
 
 def test_rows_are_made_in_pieces_between_which_the_loop_is_free() -> None:
     """A piece of 100 rows takes about 0.1 ms; what SQLAlchemy and the driver's thread do with the list is theirs."""
-    statement = Prepared(writes.batch_writes(sqlite.insert)["messages"][0].statement)
+    statement = Prepared(WRITES["messages"][0].statement)
     given: list[tuple[Any, ...]] = []
     ticks = 0
 

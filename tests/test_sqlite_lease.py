@@ -15,9 +15,9 @@ from msgspec.structs import asdict, replace
 from agent_runtime.errors import LeaseHeld, LeaseLost
 from agent_runtime.process import this_process
 from agent_runtime.storage import Claim, LeaseRow, Storage, StorageConfig
+from agent_runtime.testing.kit.writer import Writer
 from agent_runtime_sqlite.lease import boot_clock
 from agent_runtime_sqlite.storage import open_storage
-from storage_contract.kit import Writer
 
 pytestmark = pytest.mark.anyio
 

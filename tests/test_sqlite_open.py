@@ -22,13 +22,13 @@ from sqlalchemy import create_engine
 import agent_runtime_sql.schema
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.errors import AgentRuntimeError, InvalidInput, StorageFatal, StorageUnavailable
+from agent_runtime.filesystems import network_filesystem
 from agent_runtime.storage import StorageConfig
+from agent_runtime.testing.kit.writer import claim, writing
 from agent_runtime_sql.tables import metadata
 from agent_runtime_sqlite import agent_runtime_storages, engine, open_sqlite
-from agent_runtime_sqlite.filesystem import network_filesystem
 from agent_runtime_sqlite.settings import Settings, parse_settings
 from agent_runtime_sqlite.storage import open_storage
-from storage_contract.kit import claim, writing
 
 pytestmark = pytest.mark.anyio
 

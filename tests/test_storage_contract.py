@@ -1,4 +1,4 @@
-"""Our own storages keep the contract of a storage, on both event loops."""
+"""Our own storages pass the kit that the authors of others are given, on both event loops."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ import anyio
 import pytest
 
 from agent_runtime.storage import StorageConfig
+from agent_runtime.testing.kit import NewStorage, Opener, StorageKit
 from agent_runtime_memory import MemoryDatabase
+from agent_runtime_postgresql import open_postgresql
 from agent_runtime_sqlite import open_sqlite
-from storage_contract import (
-    BatchContract,
-    CancellationContract,
-    ClosingContract,
-    LeaseContract,
-    PurgeContract,
-    ReadContract,
-    SequenceContract,
-    SnapshotContract,
-    ValueContract,
-)
-from storage_contract.kit import NewOpener, Opener
+from postgres_server import migrated_schema, new_schema, url_of
 
 
-def memory_opener() -> Opener:
-    database = MemoryDatabase()
-    return lambda: database.open(StorageConfig(url="memory:"))
+class TestMemory(StorageKit):
+    @pytest.fixture
+    def new_storage(self) -> NewStorage:
+        def new() -> Opener:
+            database = MemoryDatabase()
+            return lambda: database.open(StorageConfig(url="memory:"))
+
+        return new
 
 
 def sqlite_opener(file: Path) -> Opener:
@@ -37,7 +33,7 @@ def sqlite_opener(file: Path) -> Opener:
 
 @pytest.fixture(scope="session")
 def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite database: to copy it is faster than to migrate a new one for each test."""
+    """An empty database: to copy it is faster than to migrate a new one for each test."""
     file = tmp_path_factory.mktemp("sqlite") / "empty.db"
 
     async def make() -> None:
@@ -48,40 +44,25 @@ def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def new_opener(request: pytest.FixtureRequest, tmp_path: Path, empty_file: Path) -> NewOpener:
-    def new_sqlite_opener() -> Opener:
-        return sqlite_opener(Path(shutil.copy(empty_file, tmp_path / f"{uuid.uuid4()}.db")))
+class TestSQLite(StorageKit):
+    @pytest.fixture
+    def new_storage(self, tmp_path: Path, empty_file: Path) -> NewStorage:
+        return lambda: sqlite_opener(Path(shutil.copy(empty_file, tmp_path / f"{uuid.uuid4()}.db")))
 
-    return memory_opener if request.param == "memory" else new_sqlite_opener
-
-
-class TestBatches(BatchContract): ...
-
-
-class TestCancellation(CancellationContract):
-    @pytest.fixture(params=["memory", "sqlite"])
-    def new_opener(self, request: pytest.FixtureRequest, tmp_path: Path) -> NewOpener:
-        """Nothing is prepared: opening is cancelled while it migrates, too."""
-        return memory_opener if request.param == "memory" else lambda: sqlite_opener(tmp_path / f"{uuid.uuid4()}.db")
+    @pytest.fixture
+    def untouched_storage(self, tmp_path: Path) -> NewStorage:
+        return lambda: sqlite_opener(tmp_path / f"{uuid.uuid4()}.db")
 
 
-class TestClosing(ClosingContract): ...
+def postgresql_opener(schema: str) -> Opener:
+    return lambda: open_postgresql(StorageConfig(url=url_of(schema)))
 
 
-class TestLeases(LeaseContract): ...
+class TestPostgreSQL(StorageKit):
+    @pytest.fixture
+    def new_storage(self) -> NewStorage:
+        return lambda: postgresql_opener(migrated_schema())
 
-
-class TestPurge(PurgeContract): ...
-
-
-class TestReads(ReadContract): ...
-
-
-class TestSequences(SequenceContract): ...
-
-
-class TestSnapshots(SnapshotContract): ...
-
-
-class TestValues(ValueContract): ...
+    @pytest.fixture
+    def untouched_storage(self) -> NewStorage:
+        return lambda: postgresql_opener(new_schema())

@@ -38,7 +38,8 @@ def acquire(
     """
     time = anyio.current_time()
     before = partition.standing(transaction)
-    if before.holder is not None and before.expires_at is not None:
+    reclaimed = claim.reclaims and claim.journal_id is not None and before.journal_id == claim.journal_id
+    if before.holder is not None and before.expires_at is not None and not reclaimed:
         expires_in_s = before.expires_at - time
         if expires_in_s > 0 and before.opening in open_now:
             raise LeaseHeld(before.holder, expires_in_s, before.address)

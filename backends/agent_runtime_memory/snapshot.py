@@ -24,7 +24,8 @@ __all__ = ["MemorySnapshot"]
 class MemorySnapshot:
     """Reads through a view, until that is closed. `now` tells which outcomes have expired."""
 
-    def __init__(self, partition: Partition, view: View, now: Callable[[], datetime]) -> None:
+    def __init__(self, partition: Partition, view: View, now: Callable[[], datetime], database_id: str) -> None:
+        self._database_id = database_id
         self._partition = partition
         self._view = view
         self._now = now
@@ -113,6 +114,12 @@ class MemorySnapshot:
         await self._checkpoint()
         return self._view.get(self._partition.outcomes, (scope, key))
 
+    async def outcomes(self, *, after: tuple[str, str] | None = None, limit: int) -> Sequence[OutcomeRow]:
+        await self._checkpoint()
+        keys = (key for _, key in self._view.scan(self._partition.expiries, ALL) if after is None or key > after)
+        rows = (self._view.get(self._partition.outcomes, key) for key in heapq.nsmallest(limit, keys))
+        return [row for row in rows if row is not None]
+
     async def quarantine(self, *, after: int = 0, limit: int) -> Sequence[QuarantineRow]:
         await self._checkpoint()
         found = self._view.scan(self._partition.quarantine, ALL, after=(ALL, after))
@@ -126,6 +133,7 @@ class MemorySnapshot:
         expires_at = standing.expires_at
         return LeaseRow(
             partition=self._partition.number,
+            database_id=self._database_id,
             epoch=standing.epoch,
             holder=standing.holder,
             host=standing.host,

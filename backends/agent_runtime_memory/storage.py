@@ -105,7 +105,7 @@ class _MemoryStorage:
     async def snapshot(self, partition: int = 0) -> AsyncIterator[Snapshot]:
         await checkpoint()
         view = View()
-        snapshot = MemorySnapshot(self._partition(partition), view, self._contents.now)
+        snapshot = MemorySnapshot(self._partition(partition), view, self._contents.now, self._contents.database_id)
         self._contents.views.add(view)
         try:
             await checkpoint()

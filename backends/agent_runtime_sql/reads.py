@@ -50,6 +50,7 @@ __all__ = [
     "SELECT_SEQUENCE",
     "SELECT_SWITCHES",
     "select_messages",
+    "select_outcomes",
     "select_sessions",
 ]
 
@@ -139,6 +140,18 @@ def select_messages(order: Order) -> Select[Any]:
         .order_by(seq.asc() if order == "asc" else seq.desc())
         .limit(_LIMIT)
     )
+
+
+@cache
+def select_outcomes(*, behind: bool) -> Select[Any]:
+    """Parameters: partition, limit; `scope` and `key` if `behind`."""
+    place = (outcomes.c.scope, outcomes.c.key)
+    statement = select(*columns_of(outcomes, OutcomeRow)).where(outcomes.c.partition == _in_partition)
+    if behind:
+        statement = statement.where(
+            tuple_(*place) > tuple_(*(bindparam(column.name, type_=column.type) for column in place))
+        )
+    return statement.order_by(*place).limit(_LIMIT)
 
 
 @cache

@@ -15,18 +15,18 @@ from agent_runtime.errors import StorageFatal
 
 from .tables import metadata
 
-__all__ = ["HEAD", "is_current", "migrate"]
+__all__ = ["HEAD", "VERSION_TABLE", "is_current", "migrate"]
 
 HEAD: Final = "0001"
 """The newest revision in migrations/versions."""
 
 # Not Alembic's own name for it: a database may hold the tables of others, who may use Alembic too.
-_VERSION_TABLE: Final = "agent_runtime_version"
-_version: Final = Table(_VERSION_TABLE, MetaData(), Column("version_num", Text))
+VERSION_TABLE: Final = "agent_runtime_version"
+_version: Final = Table(VERSION_TABLE, MetaData(), Column("version_num", Text))
 
 
 def _stored_version(connection: Connection) -> str | None:
-    if not inspect(connection).has_table(_VERSION_TABLE):
+    if not inspect(connection).has_table(VERSION_TABLE):
         return None
     return connection.scalar(select(_version.c.version_num))
 
@@ -70,5 +70,5 @@ def migrate(connection: Connection, name: str) -> None:
             "or restore a copy of the database from before its upgrade"
         )
     config.attributes["connection"] = connection
-    config.attributes["version_table"] = _VERSION_TABLE
+    config.attributes["version_table"] = VERSION_TABLE
     command.upgrade(config, HEAD)

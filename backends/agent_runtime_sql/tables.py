@@ -8,9 +8,13 @@ They are made and changed by the migrations only; a test compares the two.
   other there. `journals` keeps how far each journal has been stored.
 - `purges` is the list of what to delete for good: everything of an incarnation, or its messages up to `floor`.
 
-JSON values are text, never a JSON column: on SQLite a column of type JSON has numeric affinity and turns 1e2 into 100.
-A database whose natural type for times or JSON text is another one gets it by `TypeEngine.with_variant` on `Time` and
-`Json` below.
+Three types differ between databases, and say so here, by `TypeEngine.with_variant`:
+
+- `Time`: text that sorts where there is nothing better, `timestamptz` on PostgreSQL.
+- `Json`: text, to the letter. On SQLite in a column of text, as one of type JSON has numeric affinity and turns 1e2
+  into 100; on PostgreSQL in one of type `json`, which keeps what it was given, where `jsonb` would not. (SQLAlchemy's
+  type parses and rewrites values; it has no part in these, as the driver takes and gives text.)
+- `Label`: text that is compared, by code points. It is SQLite's way; PostgreSQL's default is that of a language.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ from typing import Final
 
 import msgspec
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Column,
+    DateTime,
     Dialect,
     Float,
     ForeignKey,
@@ -78,8 +84,9 @@ class UtcTime(TypeDecorator[datetime]):
         return None if value is None else datetime.fromisoformat(value)
 
 
-Time: Final = UtcTime()
-Json: Final = Text()
+Time: Final = UtcTime().with_variant(DateTime(timezone=True), "postgresql")
+Json: Final = Text().with_variant(JSON(), "postgresql")
+Label: Final = Text().with_variant(Text(collation="C"), "postgresql")
 
 metadata: Final = MetaData()
 
@@ -89,7 +96,7 @@ partitions: Final = Table(
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("database_id", Text, nullable=False),
     Column("epoch", BigInteger, nullable=False),
-    Column("journal_id", Text),
+    Column("journal_id", Label),
     Column("sequence", BigInteger, nullable=False),
     Column("holder", Text),
     Column("host", Text),
@@ -108,7 +115,7 @@ journals: Final = Table(
     "journals",
     metadata,
     Column("partition", Integer, primary_key=True, autoincrement=False),
-    Column("journal_id", Text, primary_key=True),
+    Column("journal_id", Label, primary_key=True),
     Column("generation", BigInteger, nullable=False),
     Column("previous_generation", BigInteger, nullable=False),
     Column("sequence", BigInteger, nullable=False),
@@ -117,10 +124,10 @@ journals: Final = Table(
 sessions: Final = Table(
     "sessions",
     metadata,
-    Column("incarnation", Text, primary_key=True),
+    Column("incarnation", Label, primary_key=True),
     Column("partition", Integer, nullable=False),
-    Column("session_id", Text, nullable=False),
-    Column("user_id", Text),
+    Column("session_id", Label, nullable=False),
+    Column("user_id", Label),
     Column("title", Text),
     Column("description", Text),
     Column("metadata", Json, nullable=False),
@@ -161,7 +168,7 @@ Index(
 
 
 def _incarnation() -> Column[str]:
-    return Column("incarnation", Text, ForeignKey(sessions.c.incarnation), primary_key=True)
+    return Column("incarnation", Label, ForeignKey(sessions.c.incarnation), primary_key=True)
 
 
 contexts: Final = Table(
@@ -210,8 +217,8 @@ documents: Final = Table(
     "documents",
     metadata,
     _incarnation(),
-    Column("collection", Text, primary_key=True),
-    Column("key", Text, primary_key=True),
+    Column("collection", Label, primary_key=True),
+    Column("key", Label, primary_key=True),
     Column("value", Json),
     Column("data", LargeBinary),
     Column("media_type", Text),
@@ -222,8 +229,8 @@ outcomes: Final = Table(
     "outcomes",
     metadata,
     Column("partition", Integer, primary_key=True, autoincrement=False),
-    Column("scope", Text, primary_key=True),
-    Column("key", Text, primary_key=True),
+    Column("scope", Label, primary_key=True),
+    Column("key", Label, primary_key=True),
     Column("route", Text, nullable=False),
     Column("body_hash", Text, nullable=False),
     Column("outcome", Json, nullable=False),
@@ -238,8 +245,8 @@ quarantine: Final = Table(
     metadata,
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
-    Column("session_id", Text, nullable=False),
-    Column("incarnation", Text, nullable=False),
+    Column("session_id", Label, nullable=False),
+    Column("incarnation", Label, nullable=False),
     Column("state", Text, nullable=False),
     Column("error", Text, nullable=False),
     Column("change", LargeBinary, nullable=False),
@@ -250,6 +257,6 @@ purges: Final = Table(
     "purges",
     metadata,
     Column("partition", Integer, primary_key=True, autoincrement=False),
-    Column("incarnation", Text, primary_key=True),
+    Column("incarnation", Label, primary_key=True),
     Column("floor", BigInteger),
 )

@@ -1,13 +1,13 @@
 """The statements of `apply` and `purge`: built once, with bound parameters named after the columns.
 
-How a backend hands many rows to its database (executemany, arrays) is its own affair. It compiles the statements
-before it has values: SQLAlchemy, given values, keeps the names of an UPDATE's columns for itself. `insert` is the
-dialect's insert construct, for the sake of ON CONFLICT.
+How a backend hands many rows to its database is its own affair: a statement run for each (`Given` are parameters), or
+one for all of them (`Given` are the columns of arrays). It compiles the statements before it has values: SQLAlchemy,
+given values, keeps the names of an UPDATE's columns for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -53,12 +53,16 @@ __all__ = [
     "fenced",
 ]
 
-Insert: TypeAlias = Callable[[Table], Any]
+Columns: TypeAlias = Mapping[str, ColumnElement[Any]]
+Insert: TypeAlias = Callable[[Table, Columns], Any]
+"""The dialect's INSERT of these values into these columns."""
+Given: TypeAlias = Callable[[Table, Sequence[str]], Columns]
+"""What the items to be written hold for these columns of a table, as their statement sees it."""
 SEQ_MAX: Final = 2**63 - 1
 
 
 class Write(NamedTuple):
-    """A statement to run for each item of a field. `exact`: each must hit one row, or the item can never apply."""
+    """A statement to run for the items of a field. `exact`: it must hit a row for each, or an item can never apply."""
 
     statement: UpdateBase
     exact: bool = False
@@ -97,60 +101,66 @@ def _here(table: Table, *names: str) -> ColumnElement[bool]:
     return clause
 
 
-def _inserting(insert: Insert, table: Table, kind: type[msgspec.Struct], *more: str) -> Any:
-    return insert(table).values({name: bindparam(name) for name in (*more, *kind.__struct_fields__)})
+def _constant(table: Table, name: str) -> ColumnElement[Any]:
+    return bindparam(name, type_=table.c[name].type)
 
 
-def _upserting(insert: Insert, table: Table, kind: type[msgspec.Struct], *more: str) -> Any:
-    statement = _inserting(insert, table, kind, *more)
-    changed = {name: statement.excluded[name] for name in kind.__struct_fields__ if not table.c[name].primary_key}
-    return statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed)
-
-
-def _session_update(*names: str) -> Update:
-    return (
-        update(sessions)
-        .where(_here(sessions, "incarnation"), sessions.c.deleted_at.is_(None))
-        .values({name: bindparam(name) for name in names})
-    )
-
-
-def batch_writes(insert: Insert) -> Mapping[str, tuple[Write, ...]]:
+def batch_writes(insert: Insert, given: Given) -> Mapping[str, tuple[Write, ...]]:
     """The statements for each field of a `Batch`, in the order in which to run them.
 
-    Their parameters are the item's fields (or what `rows.NAMED` makes of it), `partition`, and `deleted_at`: now.
+    What is not an item's (see `given`) is a parameter: `partition`, and `deleted_at`, which is now.
     """
-    purge_columns = ("partition", "incarnation", "floor")
-    to_purge = insert(purges).values({name: bindparam(name) for name in purge_columns})
-    # Nothing is noted for a session without rows below its floor, so that every note stands for a row at least.
-    to_purge_below = insert(purges).from_select(
-        list(purge_columns),
-        select(*(bindparam(name, type_=purges.c[name].type) for name in purge_columns)).where(
-            exists().where(_here(messages, "incarnation"), messages.c.seq <= bindparam("floor"))
-        ),
-    )
 
-    def noted(statement: Any) -> Any:
-        return statement.on_conflict_do_update(
-            index_elements=list(purges.primary_key), set_={"floor": statement.excluded.floor}
+    def values(table: Table, names: Sequence[str]) -> Columns:
+        """Of the items; of the partition too, where the table has one."""
+        partition = {"partition": _constant(table, "partition")} if "partition" in table.c else {}
+        return {**partition, **given(table, names)}
+
+    def found(table: Table, *names: str) -> ColumnElement[bool]:
+        return and_(*(table.c[name] == value for name, value in values(table, names).items()))
+
+    def inserting(table: Table, kind: type[msgspec.Struct]) -> Any:
+        return insert(table, values(table, kind.__struct_fields__))
+
+    def replacing(statement: Any, table: Table, names: Sequence[str]) -> Any:
+        changed = {name: statement.excluded[name] for name in names if not table.c[name].primary_key}
+        return statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed)
+
+    def upserting(table: Table, kind: type[msgspec.Struct]) -> Any:
+        return replacing(inserting(table, kind), table, kind.__struct_fields__)
+
+    def updating(*names: str, **constants: ColumnElement[Any]) -> Update:
+        items = given(sessions, ("incarnation", *names))
+        return (
+            update(sessions)
+            .where(sessions.c.incarnation == items["incarnation"], sessions.c.deleted_at.is_(None))
+            .values({**{name: items[name] for name in names}, **constants})
         )
 
-    touched = tuple(name for name in Touch.__struct_fields__ if name != "incarnation")
+    to_purge = values(purges, ("incarnation", "floor"))
+    # Nothing is noted for a session without rows below its floor, so that every note stands for a row at least.
+    below = exists().where(messages.c.incarnation == to_purge["incarnation"], messages.c.seq <= to_purge["floor"])
+    note = insert(purges, to_purge)
+    note_below = insert(purges, {}).from_select(list(to_purge), select(*to_purge.values()).where(below))
+    touched = [name for name in Touch.__struct_fields__ if name != "incarnation"]
     return {
-        "discharged": (Write(delete(quarantine).where(_here(quarantine, "partition", "sequence"))),),
-        "deleted": (Write(_session_update("deleted_at"), exact=True), Write(noted(to_purge))),
-        "created": (Write(_inserting(insert, sessions, SessionRow, "partition")),),
-        "touched": (Write(_session_update(*touched), exact=True),),
-        "edited": (Write(_session_update(*Details.__struct_fields__), exact=True),),
-        "cleared": (Write(_session_update("floor"), exact=True), Write(noted(to_purge_below))),
-        "contexts": (Write(_upserting(insert, contexts, ContextRow)),),
-        "switches": (Write(_inserting(insert, switches, SwitchRow)),),
-        "removed": (Write(delete(messages).where(_here(messages, "incarnation", "seq"))),),
-        "messages": (Write(_inserting(insert, messages, MessageRow)),),
-        "discarded": (Write(delete(documents).where(_here(documents, "incarnation", "collection", "key"))),),
-        "documents": (Write(_upserting(insert, documents, DocumentRow)),),
-        "outcomes": (Write(_upserting(insert, outcomes, OutcomeRow, "partition")),),
-        "quarantined": (Write(_inserting(insert, quarantine, QuarantineRow, "partition")),),
+        "discharged": (Write(delete(quarantine).where(found(quarantine, "sequence"))),),
+        "deleted": (
+            Write(updating(deleted_at=_constant(sessions, "deleted_at")), exact=True),
+            Write(replacing(note, purges, ["floor"])),
+        ),
+        "created": (Write(inserting(sessions, SessionRow)),),
+        "touched": (Write(updating(*touched), exact=True),),
+        "edited": (Write(updating(*Details.__struct_fields__), exact=True),),
+        "cleared": (Write(updating("floor"), exact=True), Write(replacing(note_below, purges, ["floor"]))),
+        "contexts": (Write(upserting(contexts, ContextRow)),),
+        "switches": (Write(inserting(switches, SwitchRow)),),
+        "removed": (Write(delete(messages).where(found(messages, "incarnation", "seq"))),),
+        "messages": (Write(inserting(messages, MessageRow)),),
+        "discarded": (Write(delete(documents).where(found(documents, "incarnation", "collection", "key"))),),
+        "documents": (Write(upserting(documents, DocumentRow)),),
+        "outcomes": (Write(upserting(outcomes, OutcomeRow)),),
+        "quarantined": (Write(inserting(quarantine, QuarantineRow)),),
     }
 
 

@@ -29,26 +29,29 @@ _PIECE_ROWS: Final = 100
 
 
 class Prepared:
-    """An INSERT, UPDATE or DELETE with at least two parameters."""
+    """An INSERT, UPDATE or DELETE with parameters."""
 
     def __init__(self, statement: UpdateBase, named: Callable[[Any], Mapping[str, Any]] | None = None) -> None:
         """`named` makes a mapping of an item, if items are neither structs nor mappings."""
         compiled = statement.compile(dialect=_DIALECT)
         names = compiled.positiontup if isinstance(compiled, SQLCompiler) else None
-        if names is None or len(names) < 2:
-            raise TypeError("a statement with at least two parameters was expected")
+        if not names:
+            raise TypeError("a statement with parameters was expected")
         self._sql = str(compiled)
         self._names = frozenset(names)
-        self._ordered = itemgetter(*names)
+        self._fixed = {name: bind.value for name, bind in compiled.binds.items() if name in names and not bind.required}
+        # An itemgetter of one name gives a value, not a tuple.
+        self._ordered = itemgetter(*names) if len(names) > 1 else lambda values: (values[names[0]],)
         self._times = [name for name in self._names if isinstance(compiled.binds[name].type, UtcTime)]
         self._named = named
 
     async def run(self, connection: AsyncConnection, items: Iterable[Any], constants: Mapping[str, Any]) -> int:
         """Run the statement for each item, in one executemany. Returns the number of rows that it changed.
 
-        Parameters are taken, by name, from `constants` (plain values) and from the item.
+        Parameters are taken, by name, from `constants` and from the item.
         """
         used = {name: value for name, value in constants.items() if name in self._names}
+        used = msgspec.to_builtins({**self._fixed, **used}, builtin_types=(bytes,))
         rows: list[tuple[Any, ...]] = []
         source = iter(items)
         while piece := list(islice(source, _PIECE_ROWS)):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 from sqlalchemy.engine import URL, make_url
@@ -13,6 +11,7 @@ from sqlalchemy.exc import ArgumentError
 
 from agent_runtime.errors import InvalidInput
 from agent_runtime.storage import StorageConfig
+from agent_runtime_sql.options import known_options
 
 __all__ = ["Settings", "parse_settings"]
 
@@ -32,7 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     readers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 3
 
 
-_OPTIONS: Final = {field.name: field for field in msgspec.structs.fields(Settings) if field.name != "path"}
+_OPTIONS: Final = {field.name: field.type for field in msgspec.structs.fields(Settings) if field.name != "path"}
 
 
 def parse_settings(config: StorageConfig) -> Settings:
@@ -40,8 +39,8 @@ def parse_settings(config: StorageConfig) -> Settings:
     url = _parse_url(config.url)
     path = _path(url)
     options = {
-        **_known("storage.url", url.query, strict=False),
-        **_known("storage.options", config.options, strict=True),
+        **known_options("storage.url", url.query, _OPTIONS, "SQLite", strict=False),
+        **known_options("storage.options", config.options, _OPTIONS, "SQLite", strict=True),
     }
     return Settings(path=path, **options)
 
@@ -62,17 +61,3 @@ def _path(url: URL) -> Path:
     if url.database.startswith("file:") or "\0" in url.database:
         raise InvalidInput("storage.url", f"not the path of a file: {_SLASHES}")
     return Path(url.database).resolve()
-
-
-def _known(where: str, options: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
-    known = {}
-    for name, value in options.items():
-        field = _OPTIONS.get(name)
-        if field is None:
-            nearest = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.0)[0]
-            raise InvalidInput(f"{where}.{name}", f"SQLite has no such option; the nearest is {nearest}")
-        try:
-            known[name] = msgspec.convert(value, field.type, strict=strict)
-        except msgspec.ValidationError as exc:
-            raise InvalidInput(f"{where}.{name}", str(exc)) from None
-    return known

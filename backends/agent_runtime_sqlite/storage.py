@@ -8,19 +8,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.changes import Batch, Receipt
+from agent_runtime.filesystems import MOUNTS
 from agent_runtime.storage import Abilities, Fence, LeaseDesk, PoolFigures, Snapshot, StorageConfig
+from agent_runtime_sql.apply import apply_batch, purge
 from agent_runtime_sql.schema import migrate
 
-from .apply import apply_batch, purge
 from .database import Database
-from .filesystem import MOUNTS, prepare_file
+from .filesystem import prepare_file
 from .lease import Clock, SqliteLeases, boot_clock
 from .settings import parse_settings
 from .snapshot import Readers
+from .transaction import WRITES, SqliteTransaction
 from .writer import Writer
 
 __all__ = ["SqliteStorage", "open_storage"]
@@ -29,7 +30,8 @@ __all__ = ["SqliteStorage", "open_storage"]
 class SqliteStorage:
     """A SQLite file. See `agent_runtime.storage.Storage`."""
 
-    def __init__(self, database: Database, writer: Writer, clock: Clock) -> None:
+    def __init__(self, path: Path, database: Database, writer: Writer, clock: Clock) -> None:
+        self._abilities = Abilities(survives="power", journal_directory=f"{path}.journal")
         self._database = database
         self._writer = writer
         self._readers = Readers(database, clock)
@@ -37,7 +39,7 @@ class SqliteStorage:
 
     @property
     def abilities(self) -> Abilities:
-        return Abilities(survives="power")
+        return self._abilities
 
     @property
     def leases(self) -> LeaseDesk:
@@ -47,7 +49,7 @@ class SqliteStorage:
         return self._readers.snapshot(partition)
 
     async def apply(self, batch: Batch, fence: Fence) -> Receipt:
-        return await self._writer.run(apply_batch, batch, fence, datetime.now(UTC))
+        return await self._writer.run(apply_batch, batch, fence, datetime.now(UTC), WRITES)
 
     async def purge(self, fence: Fence, *, now: datetime, rows_max: int) -> int:
         return await self._writer.run(purge, fence, now, rows_max)
@@ -76,11 +78,11 @@ async def open_storage(
             writer = Writer(database)
             if not await database.run(database.is_current):
                 await writer.run(_migrate, database.name)
-            yield SqliteStorage(database, writer, clock)
+            yield SqliteStorage(settings.path, database, writer, clock)
         finally:
             with anyio.CancelScope(shield=True):
                 await database.close()
 
 
-async def _migrate(connection: AsyncConnection, name: str) -> None:
-    await connection.run_sync(migrate, name)
+async def _migrate(transaction: SqliteTransaction, name: str) -> None:
+    await transaction.connection.run_sync(migrate, name)

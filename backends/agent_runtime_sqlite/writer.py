@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar, TypeVarTuple
 
 import anyio
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_runtime.bridge import on_cancel
 
 from .database import Database
 from .engine import driver_of
+from .transaction import SqliteTransaction
 
 __all__ = ["Writer"]
 
@@ -26,16 +26,16 @@ class Writer:
         self._database = database
         self._turn = anyio.Lock(fast_acquire=True)
 
-    async def run(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], *args: *Ts) -> T:
-        """Await `function(connection, *args)` in a transaction: committed when it returns, undone when it raises.
+    async def run(self, function: Callable[[SqliteTransaction, *Ts], Awaitable[T]], *args: *Ts) -> T:
+        """Await `function(transaction, *args)` in a transaction: committed when it returns, undone when it raises.
 
         Cancelling interrupts the running statement and undoes the transaction, unless it is being committed already.
         """
         async with self._turn:
             return await self._database.run(self._transaction, function, args)
 
-    async def _transaction(self, function: Callable[[AsyncConnection, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
+    async def _transaction(self, function: Callable[[SqliteTransaction, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
         async with self._database.writer() as connection:
             with on_cancel((await driver_of(connection)).interrupt):
                 async with connection.begin():
-                    return await function(connection, *args)
+                    return await function(SqliteTransaction(connection), *args)

@@ -30,12 +30,10 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from .errors import InvalidInput
-from .records import AgentContext, AgentSwitch, Document, NewMessage
+from .records import DEFAULT_AGENT, AgentContext, AgentSwitch, Document, NewMessage
 from .validation import SEQ_MAX, parse_message
 
 __all__ = ["Archive", "archive_line", "parse_line"]
-
-_DEFAULT_AGENT: Final = "orchestrator"
 
 
 class Archive(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,7 +268,7 @@ def _context(line: _Line, created_at: datetime) -> AgentContext:
     begun_at = part.created_at or created_at
     return AgentContext(
         session_id=line.session_id,
-        current_agent=_DEFAULT_AGENT if part.current_agent is None else part.current_agent,
+        current_agent=DEFAULT_AGENT if part.current_agent is None else part.current_agent,
         switch_count=part.switch_count or 0,
         last_switch_at=part.last_switch_at,
         metadata=part.metadata or {},

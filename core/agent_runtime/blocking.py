@@ -20,8 +20,10 @@ from msgspec import UNSET, UnsetType
 
 from .config import Config
 from .errors import DurabilityNotReached, InvalidInput, RuntimeClosed
+from .journal import JournalFiles
 from .quarantine import Quarantine, QuarantinedChange
 from .records import (
+    DEFAULT_AGENT,
     AgentContext,
     AgentSwitch,
     Document,
@@ -331,7 +333,7 @@ class BlockingRuntime(_Caller):
         title: str | None = None,
         description: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        agent: str = "orchestrator",
+        agent: str = DEFAULT_AGENT,
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> BlockingSessionHandle:
@@ -357,7 +359,7 @@ class BlockingRuntime(_Caller):
         title: str | None = None,
         description: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        agent: str = "orchestrator",
+        agent: str = DEFAULT_AGENT,
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> BlockingSessionHandle:
@@ -426,6 +428,7 @@ def open_runtime_blocking(
     *,
     plugins: Iterable[object] = (),
     address: str | None = None,
+    files: JournalFiles | None = None,
     loop: Literal["asyncio", "trio"] = "asyncio",
 ) -> Iterator[BlockingRuntime]:
     """`open_runtime` for threads: `with open_runtime_blocking("sqlite:///data/agent_runtime.db") as runtime`.
@@ -434,7 +437,7 @@ def open_runtime_blocking(
     """
     if loop == "trio" and _runs_trio():
         raise InvalidInput("loop", "this thread runs trio, which can't wait for another trio: use 'asyncio'")
-    opened = open_runtime(config, plugins=plugins, address=address)
+    opened = open_runtime(config, plugins=plugins, address=address, files=files)
     with start_blocking_portal(loop, name="agent-runtime") as portal:
         running = _Loop(portal)
         try:

@@ -1,19 +1,27 @@
 """The budget for unstored changes: bytes that may be acknowledged before the database has them.
 
-Guarantees: no more than `bytes_max` are in use (but for the few bytes by which a change may grow while it waits); room
-is given in the order it was asked for; who waits too long, or is cancelled, has taken nothing.
+Changes take their room until they have settled (residents.py): those which are stored, but kept for a read that is
+under way, are in memory as much as those which are not; and so are those in quarantine, for as long as they are there.
+
+Guarantees: no more than `bytes_max` are in use (but for what was in quarantine when the runtime was opened, and the few
+bytes that a change may take more when it is replayed); room is given in the order it was asked for; who waits too long,
+or is cancelled, has taken nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 import anyio
 
 from .errors import AgentRuntimeError, Overloaded, again
 
-__all__ = ["Budget"]
+__all__ = ["CHANGE_BYTES", "Budget"]
+
+CHANGE_BYTES: Final = 400
+"""What an unstored change takes besides its encoded form (measured, see tests/benchmarks)."""
 
 
 class _Ticket:
@@ -48,12 +56,16 @@ class Budget:
         self.used += size
         return True
 
-    def adjust(self, difference: int) -> None:
-        """A change that has its room turned out larger or smaller."""
-        if difference < 0:
-            self.release(-difference)
-        else:
-            self.used += difference
+    def adjust(self, difference: int) -> bool:
+        """A change that has its room turned out larger or smaller. False: there is no room for the difference."""
+        if difference > 0 and self.used + difference > self.bytes_max:
+            return False
+        self.release(-difference)
+        return True
+
+    def charge(self, size: int) -> None:
+        """Take `size` bytes, be there room or not: for changes that are in memory already."""
+        self.used += size
 
     def release(self, size: int) -> None:
         """Give `size` bytes back, and let in who waits."""

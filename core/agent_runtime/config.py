@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from .errors import ConfigError
+from .records import Durability
 
 __all__ = [
     "FIELDS",
@@ -106,12 +107,6 @@ def _printable(url: str) -> str:
     return url
 
 
-def _landed_level(level: object) -> object:
-    if level in ("journaled", "synced"):
-        raise ValueError("the journal is not in this version yet; use buffered or stored")
-    return level
-
-
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -143,23 +138,28 @@ class StorageSection(_Section):
         "sqlite:///data/agent_runtime.db", "The database, as a URL.", min_length=1
     )
     options: Mapping[str, Any] = _key({}, "Handed to the storage as they are; its documentation names them.")
+    read_timeout_s: float = _key(30.0, "Seconds a read may take; what is written meanwhile stays in memory.", gt=0)
 
 
 class JournalSection(_Section):
-    """The journal. Not in this version."""
+    """The journal: where changes are written before they are acknowledged."""
 
-    enabled: bool = _key(True, "Whether changes go to a journal; without effect in this version.")
-    directory: str | None = _later(None, "Where the journal lies; null: beside the SQLite file.")
-    sync_interval_s: float = _later(1.0, "Seconds between two syncs of the journal.")
-    segment_bytes: int = _later(67_108_864, "Bytes at which a new segment begins.")
-    retain_s: float = _later(0.0, "Seconds a segment is kept after all of it is stored.")
+    enabled: bool = _key(True, "Whether changes go to a journal; without one a crash loses what is not stored.")
+    directory: str | None = _key(
+        None, "Where the journal lies; null: beside the SQLite file. Other databases need it set.", min_length=1
+    )
+    sync_interval_s: float = _key(1.0, "Seconds between two syncs of the journal while nobody waits for one.", gt=0)
+    segment_bytes: int = _key(67_108_864, "Bytes at which a new segment begins.", ge=4096)
+    retain_s: float = _key(0.0, "Seconds a segment is kept after all of it is stored.", ge=0)
 
 
 class WriteBehindSection(_Section):
     """When changes go to the database, and how much may wait."""
 
-    durability: Annotated[Literal["buffered", "stored"], BeforeValidator(_landed_level)] = _key(
-        "buffered", "The level a call waits for unless it names one: buffered (in memory) or stored."
+    durability: Durability = _key(
+        "journaled",
+        "The level a call waits for unless it names one: journaled, synced or stored; without a journal buffered or "
+        "stored, and buffered is the default.",
     )
     interval_s: float = _key(5.0, "Seconds between two batches while there are changes.", gt=0)
     batch_changes: int = _key(1000, "Changes at which a batch goes at once; the most it holds.", ge=1)

@@ -1,9 +1,9 @@
 """The door: every call on a session comes in here, and every change is acknowledged here.
 
 A write may wait at the door (for a head that is not in memory, for room in the budget). Then it commits in one
-synchronous step: plan the change from the session's state, take its sequence, show it in memory, hand it to the
-scheduler. There is no lock, no await and no task in that step, so it is whole or has not happened, whatever is
-cancelled. After it the change stands; waiting for a higher level may fail, the change does not.
+synchronous step: plan the change from the session's state, take its sequence, encode it, write it to the journal, show
+it in memory, hand it to the scheduler. There is no lock, no await and no task in that step, so it is whole or has not
+happened, whatever is cancelled. After it the change stands; waiting for a higher level may fail, the change does not.
 
 Guarantees: a failure or cancellation before the commit changes nothing; one load at a time for a session, whose failure
 all who wait for it share; no history is loaded to write.
@@ -12,16 +12,16 @@ all who wait for it share; no history is loaded to write.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
-from typing import Final, Generic, TypeVar, cast
+from typing import Final, Generic, TypeVar, cast, get_args
 
 import anyio
 import msgspec
 from anyio.lowlevel import checkpoint
 
-from .budget import Budget
+from .budget import CHANGE_BYTES, Budget
 from .changes import Change, encode_change
 from .errors import (
     AgentRuntimeError,
@@ -49,7 +49,7 @@ CREATION_SCOPE: Final = "create"
 _OUTCOME_LIFE: Final = timedelta(hours=24)
 _CREATIONS_MAX: Final = 4096
 _TURN: Final = 64  # writes between two yields to the loop: one takes about 15 µs, so this is about a millisecond
-_CHANGE_BYTES: Final = 500  # what an unstored change takes besides its messages (measured, see tests/benchmarks)
+_WAITED: Final = frozenset({"synced", "stored"})
 
 T = TypeVar("T")
 
@@ -92,17 +92,21 @@ class Door:
         residents: Residents,
         scheduler: Scheduler,
         now: Callable[[], datetime],
+        levels: Sequence[Durability],
         durability: Durability,
         durability_timeout_s: float,
+        read_timeout_s: float,
     ) -> None:
+        self.durability = durability
         self.storage = storage
         self.log = log
         self.residents = residents
         self.now = now
         self._budget = budget
         self._scheduler = scheduler
-        self._durability = durability
+        self._levels = levels
         self._durability_timeout_s = durability_timeout_s
+        self._read_timeout_s = read_timeout_s
         self._flights: dict[str, _Flight] = {}
         self._creations: OrderedDict[str, OutcomeRow] = OrderedDict()
         self._turn = _TURN
@@ -120,15 +124,14 @@ class Door:
 
     def level(self, durability: str | None) -> Durability:
         """The level that a call waits for."""
-        level = self._durability if durability is None else durability
-        if level in ("buffered", "stored"):
+        level = self.durability if durability is None else durability
+        if level in self._levels:
             return cast("Durability", level)
-        if level in ("journaled", "synced"):
-            raise InvalidInput(
-                "durability",
-                f"{level!r} needs the journal, which this version does not have: use 'buffered' or 'stored'",
-            )
-        raise InvalidInput("durability", f"{level!r} is not a level: use 'buffered' or 'stored'")
+        known = ", ".join(map(repr, self._levels))
+        if level in get_args(Durability):
+            lacking = "this database can't promise it" if "journaled" in self._levels else "it needs the journal"
+            raise InvalidInput("durability", f"{level!r} can't be had here, {lacking}: use one of {known}")
+        raise InvalidInput("durability", f"{level!r} is not a level: use one of {known}")
 
     # Finding sessions
 
@@ -179,16 +182,22 @@ class Door:
 
     @asynccontextmanager
     async def view(self, resident: Resident | None) -> AsyncIterator[Snapshot]:
-        """A view of the database over which the changes in memory may be laid until it is left."""
+        """A view of the database over which the changes in memory may be laid until it is left.
+
+        Until then the changes it may lack stay in memory, and keep their room in the budget: so it has limited time.
+        """
         start = self.log.stored
         view = self.residents.open_view(resident, start)
         try:
-            async with self.storage.snapshot() as snapshot:
-                if snapshot.watermark < start:
-                    raise StorageUnavailable(
-                        f"the database answers from {snapshot.watermark}, {start} is stored already"
-                    )
-                yield snapshot
+            with anyio.move_on_after(self._read_timeout_s) as limit:
+                async with self.storage.snapshot() as snapshot:
+                    if snapshot.watermark < start:
+                        raise StorageUnavailable(
+                            f"the database answers from {snapshot.watermark}, {start} is stored already"
+                        )
+                    yield snapshot
+            if limit.cancelled_caught:
+                raise StorageUnavailable(f"a read took more than storage.read_timeout_s ({self._read_timeout_s:g} s)")
         except AgentRuntimeError:
             raise
         except Exception as error:  # whatever else a storage raises is taken for this
@@ -243,17 +252,19 @@ class Door:
                 if change is None and request is not None and scope != CREATION_SCOPE and current is not None:
                     change = self._without_effect(current)  # or a repetition, later, would do what this call did not
                 if change is None:
-                    if level == "stored" and current is not None:  # what the result tells may not be stored yet
-                        await self._wait(current.sequence, plan.result)
+                    if current is not None:  # what the result tells may not be at that level yet
+                        await self._wait(current.sequence, level, plan.result)
                     return plan.result
                 if current is not None and current.held:
                     raise SessionHeld(session_id)
                 if request is not None:
                     change = self._with_outcome(change, scope, request, plan.result)
-                size = self._size(change)
-                if reserved:
-                    self._budget.adjust(size - reserved)
-                elif not self._budget.admit(size):
+                data = encode_change(change)
+                size = CHANGE_BYTES + len(data)
+                if reserved and not self._budget.adjust(size - reserved):
+                    self._budget.release(reserved)
+                    reserved = 0
+                if not reserved and not self._budget.admit(size):
                     if size > self._budget.bytes_max:
                         raise InvalidInput(
                             "call",
@@ -263,48 +274,41 @@ class Door:
                     await self._budget.reserve(size)
                     reserved, asked = size, False
                     continue
+                reserved = size
+                self.log.accept(change.sequence, data)
                 reserved = 0
                 self._commit(change, current, size)
                 break
         finally:
             if reserved:
                 self._budget.release(reserved)
-        if level == "stored":
-            await self._wait(change.sequence, plan.result)
+        await self._wait(change.sequence, level, plan.result)
         return plan.result
 
     def _commit(self, change: Change, current: Resident | None, size: int) -> None:
-        """The change is acknowledged from here on."""
-        log = self.log
-        if change.sequence != log.accepted + 1:
-            raise ValueError(f"change {change.sequence} was planned, but the log stands at {log.accepted}")
+        """The change stands: show it, and have it stored. Nothing here fails."""
         if current is None or change.birth is not None:
             current = Resident(change.session_id, change.incarnation)
-        log.accepted = change.sequence
         self.residents.add(change, current)
         self._scheduler.add(Pending(change, current, size))
         if change.outcome is not None:
             self.remember(change.outcome)
 
-    @staticmethod
-    def _size(change: Change) -> int:
-        """What the change takes in memory until it is stored, in bytes."""
-        if change.messages and change.birth is None and change.outcome is None:
-            return _CHANGE_BYTES + sum([len(memoryview(raw)) for raw in change.messages])
-        return _CHANGE_BYTES + len(encode_change(change))
-
-    async def _wait(self, sequence: int, result: object) -> None:
-        """Wait until a change that stands already is stored."""
+    async def _wait(self, sequence: int, level: Durability, result: object) -> None:
+        """Wait until a change that stands already has reached a level."""
+        if level not in _WAITED:
+            return
         reason = f"it took more than {self._durability_timeout_s:g} s"
+        cause: BaseException | None = None
         try:
             with anyio.move_on_after(self._durability_timeout_s):
-                await self.log.wait_stored(sequence)
+                await self.log.wait(sequence, level)
                 return
         except (LeaseLost, RuntimeClosed) as error:
-            raise DurabilityNotReached(result, sequence, "stored", "buffered", str(error)) from error
+            cause, reason = error, str(error)
         except anyio.get_cancelled_exc_class() as error:
-            raise DurabilityNotReached(result, sequence, "stored", "buffered", "the wait was cancelled") from error
-        raise DurabilityNotReached(result, sequence, "stored", "buffered", reason)
+            cause, reason = error, "the wait was cancelled"
+        raise DurabilityNotReached(result, sequence, level, self.log.reached(sequence), reason) from cause
 
     # Idempotency keys
 
@@ -323,19 +327,18 @@ class Door:
             row = await snapshot.outcome(scope, key)
             return self._known_outcome(scope, current, key) or row
 
-    async def _repeat(self, outcome: OutcomeRow, request: Request[T], level: str) -> T:
+    async def _repeat(self, outcome: OutcomeRow, request: Request[T], level: Durability) -> T:
         """Answer a call that was made before with what it gave then."""
         if outcome.route != request.route or outcome.body_hash != request.body_hash:
             raise IdempotencyConflict(request.key)
         result = request.read_outcome(outcome.outcome)
-        if level == "stored":
-            await self._wait(outcome.sequence, result)
+        await self._wait(outcome.sequence, level, result)
         return result
 
     def _without_effect(self, current: Resident) -> Change:
         """A change that brings nothing but the outcome it will be given."""
         return Change(
-            sequence=self.log.accepted + 1,
+            sequence=self.log.next,
             previous=current.sequence,
             session_id=current.session_id,
             incarnation=current.incarnation,

@@ -187,13 +187,16 @@ class StorageUnavailable(StorageError):
 
 
 class DrainIncomplete(StorageUnavailable):
-    """The runtime is closed, and `changes` acknowledged changes could not be stored in time."""
+    """The runtime is closed, and `changes` acknowledged changes could not be stored in time.
 
-    def __init__(self, changes: int, reason: str) -> None:
-        super().__init__(
-            f"{changes} change(s) could not be stored before the stop and, without a journal, are lost: {reason}"
-        )
+    They are in the journal at `journal`, and are stored when it is opened again; None: there was no journal.
+    """
+
+    def __init__(self, changes: int, reason: str, journal: str | None = None) -> None:
+        fate = "without a journal, are lost" if journal is None else f"are kept in the journal {journal}"
+        super().__init__(f"{changes} change(s) could not be stored before the stop and {fate}: {reason}")
         self.changes = changes
+        self.journal = journal
 
 
 class StorageFatal(StorageError):

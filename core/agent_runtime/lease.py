@@ -23,8 +23,15 @@ _RENEWALS: Final = 3
 """How often a lease is renewed within its duration."""
 
 
-def claim_of(duration_s: float, address: str | None = None) -> Claim:
-    """The claim of this process."""
+def claim_of(
+    duration_s: float,
+    address: str | None = None,
+    journal: tuple[str, int] | None = None,
+    *,
+    reclaims: bool = False,
+) -> Claim:
+    """The claim of this process; with a journal, that one's id and generation."""
+    journal_id, generation = journal or (None, 0)
     process = this_process()
     return Claim(
         holder=f"pid {process.pid} on {process.host}" + (f" ({address})" if address else ""),
@@ -34,19 +41,34 @@ def claim_of(duration_s: float, address: str | None = None) -> Claim:
         pid_namespace=process.pid_namespace,
         boot_id=process.boot_id,
         address=address,
+        journal_id=journal_id,
+        generation=generation,
+        reclaims=reclaims,
         duration_s=duration_s,
     )
 
 
 class LeaseKeeper:
-    """Renews one lease. `expires_at` is by `anyio.current_time()`, counted from before the request."""
+    """Takes and renews one lease. `expires_at` is by `anyio.current_time()`, counted from before the request."""
 
-    def __init__(self, desk: LeaseDesk, grant: Grant, *, duration_s: float) -> None:
-        self.grant = grant
+    grant: Grant
+
+    def __init__(self, desk: LeaseDesk, duration_s: float) -> None:
         self._desk = desk
         self._duration_s = duration_s
-        self.expires_at = anyio.current_time() + duration_s
+        self.expires_at = anyio.current_time()
         self.unreachable = False
+
+    async def acquire(self, claim: Claim) -> None:
+        """Take the lease. To be called first.
+
+        Raises:
+            LeaseHeld: someone else has it.
+            StorageError: the database can't be asked.
+        """
+        before = anyio.current_time()
+        self.grant = await self._desk.acquire(claim)
+        self.expires_at = before + self._duration_s
 
     async def run(self) -> None:
         """Renew until cancelled.

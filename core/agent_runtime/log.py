@@ -1,21 +1,35 @@
 """The log of changes: one sequence, its watermarks, and those who wait for a watermark.
 
-Guarantees: watermarks only grow; a waiter returns when the level it asked for is reached, raises `Quarantined` when one
-of the changes it waits for went to quarantine instead, and never keeps the scheduler waiting.
+Guarantees: with a journal, a change is written there before it counts as accepted; a sequence is given to one change
+only, also when writing it failed and could not be undone; watermarks only grow; a waiter returns when the level it
+asked for is reached, raises `Quarantined` when a change that it wants stored went to quarantine instead, and never
+keeps anyone else waiting.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import anyio
 
-from .errors import AgentRuntimeError, Quarantined, again
-from .records import Watermarks
+from .errors import AgentRuntimeError, JournalError, Quarantined, again
+from .records import Durability, Watermarks
 
-__all__ = ["Log"]
+__all__ = ["Log", "Writes"]
+
+
+class Writes(Protocol):
+    """What the log needs of a journal."""
+
+    @property
+    def end(self) -> int:
+        """The highest sequence that may be on the disk, acknowledged or not."""
+
+    def append(self, frames: Sequence[tuple[int, bytes]]) -> None:
+        """Write encoded changes under their sequences: all of them or, raising JournalError, none."""
 
 
 class _Waiter:
@@ -31,40 +45,131 @@ class _Waiter:
         return (self.sequence, self.number) < (other.sequence, other.number)
 
 
-class Log:
-    """Counts changes. `accepted` is the sequence of the last one acknowledged, `stored` of the last one stored."""
+class _Watermark:
+    """How far the log has come in one respect, and who waits for it to come further."""
 
     def __init__(self, sequence: int) -> None:
-        self.accepted = sequence
-        self.stored = sequence
+        self.sequence = sequence
         self.on_demand: Callable[[], None] = _nobody
-        self._waiters: list[_Waiter] = []
-        self._quarantined: list[int] = []
+        self.waiters: list[_Waiter] = []
         self._numbers = 0
+
+    def advance(self, sequence: int) -> None:
+        self.sequence = sequence
+        while self.waiters and self.waiters[0].sequence <= sequence:
+            heapq.heappop(self.waiters).event.set()
+
+    def stop(self, error: AgentRuntimeError) -> None:
+        for waiter in self.waiters:
+            waiter.error = error
+            waiter.event.set()
+        self.waiters.clear()
+
+    async def wait(self, sequence: int) -> None:
+        self._numbers += 1
+        waiter = _Waiter(sequence, self._numbers)
+        heapq.heappush(self.waiters, waiter)
+        self.on_demand()
+        try:
+            await waiter.event.wait()
+        finally:
+            if not waiter.event.is_set():
+                self.waiters.remove(waiter)
+                heapq.heapify(self.waiters)
+        if waiter.error is not None:
+            raise again(waiter.error)
+
+
+class Log:
+    """Counts changes: `accepted` is the sequence of the last one acknowledged, `next` that of the next one.
+
+    It begins after `sequence`, up to which everything is stored; with a journal, behind all that this may hold.
+    `power_safe`: what is stored survives a power loss. Else `synced` means nothing, for the stored changes are in the
+    journal only, perhaps since before the last crash, and memory has them no more to be written there again.
+    """
+
+    def __init__(self, sequence: int, journal: Writes | None = None, *, power_safe: bool = True) -> None:
+        self._power_safe = power_safe
+        self.accepted = sequence
+        self.next = sequence + 1 if journal is None else max(sequence, journal.end) + 1
+        self._journal = journal
+        self._stored = _Watermark(sequence)
+        self._synced = _Watermark(sequence)
+        self._quarantined: list[int] = []
         self._stopped: AgentRuntimeError | None = None
 
     @property
     def watermarks(self) -> Watermarks:
         """How far the log has come."""
-        return Watermarks(accepted=self.accepted, journaled=None, synced=None, stored=self.stored)
+        journaled = None if self._journal is None else self.accepted
+        synced = None if self._journal is None or not self._power_safe else self.synced
+        return Watermarks(accepted=self.accepted, journaled=journaled, synced=synced, stored=self.stored)
 
     @property
-    def awaited(self) -> bool:
-        """Whether anyone waits for a change to be stored."""
-        return bool(self._waiters)
+    def stored(self) -> int:
+        """Everything up to this sequence is in the database."""
+        return self._stored.sequence
 
-    def advance(self, stored: int) -> None:
-        """Everything up to `stored` is in the database; wake who waited for that."""
-        if not self.stored <= stored <= self.accepted:
+    @property
+    def synced(self) -> int:
+        """Everything up to this sequence survives a power loss: in the journal, or in the database."""
+        return self._synced.sequence
+
+    @property
+    def store_awaited(self) -> bool:
+        """Whether anyone waits for a change to be stored."""
+        return bool(self._stored.waiters)
+
+    @property
+    def sync_awaited(self) -> bool:
+        """Whether anyone waits for a change to be synced."""
+        return bool(self._synced.waiters)
+
+    def on_demand(self, *, store: Callable[[], None] | None = None, sync: Callable[[], None] | None = None) -> None:
+        """Whom to call when somebody begins to wait."""
+        if store is not None:
+            self._stored.on_demand = store
+        if sync is not None:
+            self._synced.on_demand = sync
+
+    def accept(self, sequence: int, data: bytes) -> None:
+        """The change with this sequence, and this encoded form, is acknowledged from here on.
+
+        Raises:
+            JournalError: it could not be written to the journal; nothing has happened, but `next` may be another one.
+        """
+        self.accept_all([(sequence, data)])
+
+    def accept_all(self, frames: Sequence[tuple[int, bytes]]) -> None:
+        """As `accept`, for consecutive changes: all of them or none."""
+        if frames[0][0] != self.next:
+            raise ValueError(f"change {frames[0][0]} was planned, but {self.next} is the next of the log")
+        if self._journal is not None:
+            try:
+                self._journal.append(frames)
+            except JournalError:
+                self.next = max(self.next, self._journal.end + 1)
+                raise
+        self.accepted = frames[-1][0]
+        self.next = self.accepted + 1
+
+    def advance_stored(self, sequence: int) -> None:
+        """Everything up to `sequence` is in the database; wake who waited for that."""
+        if not self.stored <= sequence <= self.accepted:
             raise ValueError(
-                f"the stored watermark can't move from {self.stored} to {stored} (accepted {self.accepted})"
+                f"the stored watermark can't move from {self.stored} to {sequence} (accepted {self.accepted})"
             )
-        self.stored = stored
-        while self._waiters and self._waiters[0].sequence <= stored:
-            heapq.heappop(self._waiters).event.set()
+        self._stored.advance(sequence)
+        if self._power_safe and sequence > self.synced:
+            self._synced.advance(sequence)
+
+    def advance_synced(self, sequence: int) -> None:
+        """The journal has everything up to `sequence`, power-safe; wake who waited for that."""
+        if sequence > self.synced:
+            self._synced.advance(min(sequence, self.accepted))
 
     def quarantine(self, sequence: int) -> None:
-        """The change went to quarantine: whoever waits for it is told so. To be called before `advance`."""
+        """The change went to quarantine: who waits for it to be stored is told. Called before `advance_stored`."""
         insort(self._quarantined, sequence)
 
     def discharge(self, sequence: int) -> None:
@@ -76,37 +181,42 @@ class Log:
     def stop(self, error: AgentRuntimeError) -> None:
         """Nothing will be stored any more: whoever waits, now or later, gets `error`."""
         self._stopped = error
-        for waiter in self._waiters:
-            waiter.error = error
-            waiter.event.set()
-        self._waiters.clear()
+        self._stored.stop(error)
+        self._synced.stop(error)
 
-    async def wait_stored(self, sequence: int, *, first: int | None = None) -> None:
-        """Wait until the change `sequence` is stored; with `first`, all changes from that one on.
+    def reached(self, sequence: int) -> Durability:
+        """The level that the change has by now."""
+        if sequence <= self.stored:
+            return "stored"
+        if self._journal is None:
+            return "buffered"
+        return "synced" if sequence <= self.synced else "journaled"
+
+    async def wait(self, sequence: int, level: Durability) -> None:
+        """Wait until the change `sequence` has reached a level.
 
         Raises:
-            Quarantined: one of the changes went to quarantine.
-            LeaseLost, RuntimeClosed: nothing will be stored any more.
+            Quarantined: it went to quarantine, and so will not be stored.
+            LeaseLost, RuntimeClosed: no change will be stored or synced any more.
         """
-        if sequence > self.stored:
-            if self._stopped is not None:
-                raise again(self._stopped)
-            self._numbers += 1
-            waiter = _Waiter(sequence, self._numbers)
-            heapq.heappush(self._waiters, waiter)
-            self.on_demand()
-            try:
-                await waiter.event.wait()
-            finally:
-                if not waiter.event.is_set():
-                    self._waiters.remove(waiter)
-                    heapq.heapify(self._waiters)
-            if waiter.error is not None:
-                raise again(waiter.error)
+        if level == "stored":
+            await self.wait_stored(sequence)
+        elif level == "synced":
+            await self._reach(self._synced, sequence)
+
+    async def wait_stored(self, sequence: int, *, first: int | None = None) -> None:
+        """Wait until the change `sequence` is stored; with `first`, all changes from that one on. Raises as `wait`."""
+        await self._reach(self._stored, sequence)
         low = bisect_left(self._quarantined, sequence if first is None else first)
         high = bisect_right(self._quarantined, sequence)
         if low < high:
             raise Quarantined(self._quarantined[low:high])
+
+    async def _reach(self, watermark: _Watermark, sequence: int) -> None:
+        if sequence > watermark.sequence:
+            if self._stopped is not None:
+                raise again(self._stopped)
+            await watermark.wait(sequence)
 
 
 def _nobody() -> None:

@@ -7,13 +7,15 @@ them takes the old ones out of quarantine. Dropping gives up the rejected change
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import Final, Literal
 
 import msgspec
 
-from .changes import Change, decode_change
+from .budget import CHANGE_BYTES, Budget
+from .changes import Change, decode_change, encode_change
 from .door import Door
 from .errors import SessionHeld, SessionNotFound
 from .log import Log
@@ -22,7 +24,7 @@ from .rows import QuarantineRow, SessionRow
 from .scheduler import Pending, Scheduler
 from .storage import HeadRows, Snapshot
 
-__all__ = ["Quarantine", "QuarantinedChange", "rebase"]
+__all__ = ["Quarantine", "QuarantinedChange", "quarantine_rows", "rebase"]
 
 _PAGE: Final = 200
 
@@ -37,21 +39,46 @@ class QuarantinedChange(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     quarantined_at: datetime
 
+    @classmethod
+    def of(cls, row: QuarantineRow) -> QuarantinedChange:
+        """What callers see of a row."""
+        return cls(
+            sequence=row.sequence,
+            session_id=row.session_id,
+            state=row.state,
+            error=row.error,
+            bytes=len(row.change),
+            quarantined_at=row.quarantined_at,
+        )
 
-def rebase(changes: Sequence[Change], dropped: Change, message_count: int) -> list[Change]:
-    """The changes as they would be had `dropped`, the one before them, not happened.
 
-    `message_count` is the session's count before `dropped`. Every change states results; of these only the count of
-    messages depends on what was before.
+async def quarantine_rows(snapshot: Snapshot) -> AsyncIterator[QuarantineRow]:
+    """All that is in quarantine, in order of sequence."""
+    after = 0
+    while rows := await snapshot.quarantine(after=after, limit=_PAGE):
+        for row in rows:
+            yield row
+        after = rows[-1].sequence
+
+
+def rebase(changes: Sequence[Change], session: SessionRow | None) -> list[Change]:
+    """The changes as they are on top of what the database has of the session (None: nothing), with none before them.
+
+    Every change states results, and of these only the count of messages depends on what was before: on changes that
+    were dropped, or lost by damage. So it is made anew, from what each brings and takes away. Seqs that are skipped are
+    those of messages that are not there.
     """
-    surplus = dropped.message_count - message_count
-    missing = {_seq_of(raw) for raw in dropped.messages}
+    count, next_seq = (0, 1) if session is None else (session.message_count, session.next_seq)
+    missing: set[int] = set()
     rebased = []
     for change in changes:
+        missing.update(range(next_seq, change.next_seq))
+        missing.difference_update(map(_seq_of, change.messages))
+        next_seq = max(next_seq, change.next_seq)
         if change.floor is not None:
-            surplus = 0
-        surplus -= len(missing.intersection(change.removed))
-        rebased.append(msgspec.structs.replace(change, message_count=change.message_count - surplus))
+            count = 0
+        count += len(change.messages) - len(set(change.removed) - missing)
+        rebased.append(msgspec.structs.replace(change, message_count=count))
     return rebased
 
 
@@ -84,9 +111,10 @@ def _seq_of(raw: msgspec.Raw) -> int:
 class Quarantine:
     """The quarantined changes of a runtime."""
 
-    def __init__(self, *, door: Door, log: Log, residents: Residents, scheduler: Scheduler) -> None:
+    def __init__(self, *, door: Door, log: Log, budget: Budget, residents: Residents, scheduler: Scheduler) -> None:
         self._door = door
         self._log = log
+        self._budget = budget
         self._residents = residents
         self._scheduler = scheduler
 
@@ -95,12 +123,17 @@ class Quarantine:
         count = 0
         async with self._door.view(None) as snapshot:
             held: dict[str, list[Change]] = {}
-            async for row in self._rows(snapshot):
+            sizes: Counter[str] = Counter()
+            async for row in quarantine_rows(snapshot):
                 held.setdefault(row.incarnation, []).append(decode_change(row.change))
+                sizes[row.incarnation] += CHANGE_BYTES + len(row.change)
             for incarnation, changes in held.items():
                 head = await snapshot.head(changes[0].session_id, outcomes_max=OUTCOMES_MAX)
                 succeeded = head is not None and head.session.sequence > changes[-1].sequence
-                self._residents.restore(changes, _of(incarnation, head), succeeded=succeeded)
+                rows = _of(incarnation, head)
+                changes = rebase(changes, None if rows is None else rows.session)  # damage may have taken some
+                self._residents.restore(changes, sizes[incarnation], rows, succeeded=succeeded)
+                self._budget.charge(sizes[incarnation])
                 self._scheduler.hold(incarnation)
                 for change in changes:
                     self._log.quarantine(change.sequence)
@@ -113,25 +146,7 @@ class Quarantine:
         """All that is in quarantine, in order of sequence."""
         self._door.check_open()
         async with self._door.view(None) as snapshot:
-            return [
-                QuarantinedChange(
-                    sequence=row.sequence,
-                    session_id=row.session_id,
-                    state=row.state,
-                    error=row.error,
-                    bytes=len(row.change),
-                    quarantined_at=row.quarantined_at,
-                )
-                async for row in self._rows(snapshot)
-            ]
-
-    @staticmethod
-    async def _rows(snapshot: Snapshot) -> AsyncIterator[QuarantineRow]:
-        after = 0
-        while rows := await snapshot.quarantine(after=after, limit=_PAGE):
-            for row in rows:
-                yield row
-            after = rows[-1].sequence
+            return [QuarantinedChange.of(row) async for row in quarantine_rows(snapshot)]
 
     async def replay(self, session_id: str) -> int:
         """Try a session's quarantined changes again, and wait until they are stored. Returns how many they were.
@@ -141,7 +156,7 @@ class Quarantine:
             Quarantined: the database refuses a change again.
         """
         resident = await self._held(session_id)
-        changes = self._resequence(resident, resident.held)
+        changes = self._resequence(resident.sequence, resident.held)
         self._resubmit(resident, changes)
         await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
         return len(changes)
@@ -159,23 +174,26 @@ class Quarantine:
         async with self._door.view(resident) as snapshot:
             rows = _of(resident.incarnation, await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX))
         self._check(resident)
-        held = resident.held
-        remade = self._residents.remake(resident, rows)
-        self._scheduler.let_go(resident.incarnation)
-        if rows is None or remade is None:
+        held, held_bytes = resident.held, resident.held_bytes
+        if rows is None:
             left = 0
-            changes = self._resequence(resident, [msgspec.structs.replace(change, void=True) for change in held])
+            changes = self._resequence(
+                resident.sequence, [msgspec.structs.replace(change, void=True) for change in held]
+            )
         else:
             left = len(held) - 1
-            rest = rebase(held[1:], held[0], rows.session.message_count)
-            changes = self._resequence(remade, [_husk(held[0], rows.session), *rest])
-        for change in changes:
-            self._log.accepted = change.sequence
+            rest = rebase(held[1:], rows.session)
+            changes = self._resequence(rows.session.sequence, [_husk(held[0], rows.session), *rest])
+        sizes = self._accept(changes)
+        remade = self._residents.remake(resident, rows)
+        self._scheduler.let_go(resident.incarnation)
+        for change, size in zip(changes, sizes, strict=True):
             if remade is not None:
                 self._residents.add(change, remade)
             elif change.outcome is not None:
                 self._door.forget(change.outcome)
-            self._scheduler.add(Pending(change, remade, 0))
+            self._scheduler.add(Pending(change, remade, size))
+        self._budget.release(held_bytes)
         await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
         return left
 
@@ -195,13 +213,18 @@ class Quarantine:
         if resident.replaced or not resident.held:
             raise SessionHeld(resident.session_id)
 
-    def _resequence(self, resident: Resident, changes: Sequence[Change]) -> list[Change]:
-        """The changes with the next sequences of the log, each resolving the one it comes from."""
-        sequence = self._log.accepted
-        previous = resident.sequence
+    def _accept(self, changes: Sequence[Change]) -> list[int]:
+        """Put the changes into the log. They have room in the budget already; returns what each takes of it now."""
+        frames = [(change.sequence, encode_change(change)) for change in changes]
+        self._log.accept_all(frames)
+        sizes = [CHANGE_BYTES + len(data) for _, data in frames]
+        self._budget.charge(sum(sizes))
+        return sizes
+
+    def _resequence(self, previous: int, changes: Sequence[Change]) -> list[Change]:
+        """The changes with the next sequences of the log, the first after `previous`, each resolving the one it was."""
         renumbered = []
-        for change in changes:
-            sequence += 1
+        for sequence, change in enumerate(changes, self._log.next):
             outcome = change.outcome
             if outcome is not None:
                 outcome = msgspec.structs.replace(outcome, sequence=sequence)
@@ -214,8 +237,9 @@ class Quarantine:
         return renumbered
 
     def _resubmit(self, resident: Resident, changes: Sequence[Change]) -> None:
+        sizes, held_bytes = self._accept(changes), resident.held_bytes
         self._scheduler.let_go(resident.incarnation)
         self._residents.resubmit(resident, changes)
-        for change in changes:
-            self._log.accepted = change.sequence
-            self._scheduler.add(Pending(change, resident, 0))
+        for change, size in zip(changes, sizes, strict=True):
+            self._scheduler.add(Pending(change, resident, size))
+        self._budget.release(held_bytes)

@@ -22,7 +22,7 @@ from .door import Door
 from .errors import InvalidInput, SessionNotFound
 from .history import leading_message, limited_history
 from .records import AgentSwitch, Document, Message, Order, Page, Session
-from .residents import Resident, encode_to_keep
+from .residents import Resident, encode_to_keep, message_bytes
 from .rows import DocumentRow, MessageRow, SessionRow, SwitchRow
 from .storage import SessionKey, Snapshot
 from .validation import check_id, check_time
@@ -301,18 +301,28 @@ class Reads:
 
     def _warm(self, resident: Resident, span: _Span, *, least: int = 0) -> None:
         """Keep in the tail what was read just below it, as far as there is room; at least the `least` newest."""
-        room = least if self._door.residents.crowded else self._tail_messages - len(resident.tail)
+        residents = self._door.residents
+        room = 0 if residents.crowded else self._tail_messages - len(resident.tail)
+        room_bytes = residents.share_bytes - resident.tail_bytes
         messages = span.visible()
-        if room > 0 and not resident.deleted:
-            kept = messages[-room:]
-            whole = not span.more and len(kept) == len(messages)
+        kept: list[Message] = []
+        encoded: list[Raw] = []
+        for message in reversed(messages):
+            raw = Raw(encode_to_keep(message))
+            room_bytes -= message_bytes(raw)
+            if len(kept) >= least and (len(kept) >= room or room_bytes < 0):
+                break
+            kept.append(message)
+            encoded.append(raw)
+        whole = not span.more and len(kept) == len(messages)
+        if (kept or whole) and not resident.deleted:
             before = resident.bytes
             resident.warm(
-                [Raw(encode_to_keep(each)) for each in kept],
-                [each.seq for each in kept],
-                tail_from=resident.floor if whole else kept[0].seq - 1 if kept else resident.tail_from,
+                encoded[::-1],
+                [each.seq for each in reversed(kept)],
+                tail_from=resident.floor if whole else kept[-1].seq - 1,
             )
-            self._door.residents.resize(resident, before)
+            residents.resize(resident, before)
 
     async def switches(self, session_id: str, incarnation: str) -> list[AgentSwitch]:
         """All hand-overs, oldest first."""

@@ -12,6 +12,7 @@ from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 import msgspec
 
 __all__ = [
+    "DEFAULT_AGENT",
     "ROLES",
     "AgentContext",
     "AgentSwitch",
@@ -30,6 +31,8 @@ Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 Order: TypeAlias = Literal["asc", "desc"]
 Durability: TypeAlias = Literal["buffered", "journaled", "synced", "stored"]
+DEFAULT_AGENT: Final = "orchestrator"
+"""Who holds a session at first, unless told otherwise."""
 Item = TypeVar("Item")
 
 

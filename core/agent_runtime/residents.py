@@ -3,9 +3,10 @@
 Guarantees:
 - A resident with unstored changes, one that is being read, and one that is held by quarantine is never evicted; of the
   others the least recently used go first once they all exceed `bytes_max`. If that is not enough, those that stay keep
-  no more messages than they must.
+  no more than they must. No session has more than a part of the whole room for its tail, nor for its outcomes.
 - A change is kept until no read can meet a view of the database without it: until it is stored, and every read that was
-  under way before that has ended.
+  under way before that has ended. Then it has settled, and only then its bytes are given back to the budget, so that
+  changes which wait for a slow read are counted. A change in quarantine is counted for as long as it is there.
 - The tail holds every message above `tail_from` that is there, at least all that are unstored.
 - That an id has no session is remembered like a session, and evicted like one.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, Final
 
@@ -23,21 +24,31 @@ from msgspec import Raw
 
 from .changes import Change, Details
 from .history import leading_message
-from .records import AgentContext, Message, Session
+from .records import DEFAULT_AGENT, AgentContext, Message, Session
 from .rows import ContextRow, OutcomeRow
 from .storage import HeadRows, SessionKey
 
-__all__ = ["OUTCOMES_MAX", "UNKNOWN", "Resident", "Residents", "Unknown", "View", "encode_to_keep"]
+__all__ = [
+    "OUTCOMES_MAX",
+    "UNKNOWN",
+    "Resident",
+    "Residents",
+    "Unknown",
+    "View",
+    "encode_to_keep",
+    "message_bytes",
+    "text_bytes",
+]
 
 OUTCOMES_MAX: Final = 128
 """How many outcomes of idempotent calls stay in memory with a head."""
 
 # Measured, with a little on top for what the allocator rounds up: tests/benchmarks/test_memory.py.
 _HEAD_BYTES: Final = 2400
-_ABSENT_BYTES: Final = 400  # for an id of some length
+_ABSENT_BYTES: Final = 400  # besides the id
 _MESSAGE_BYTES: Final = 130  # what Python adds to the JSON of a message in the tail
 _OUTCOME_BYTES: Final = 500
-_CHAT_SHARE: Final = 16  # a history of more than this part of the whole budget is made anew each time
+_SHARE: Final = 16  # the part of the whole room that one session's tail, outcomes or kept history may take
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -67,6 +78,7 @@ class Resident:
         "documents_at",
         "floor",
         "held",
+        "held_bytes",
         "idle",
         "incarnation",
         "last_activity",
@@ -76,6 +88,7 @@ class Resident:
         "metadata",
         "next_seq",
         "outcomes",
+        "outcomes_bytes",
         "outcomes_complete",
         "pending",
         "pins",
@@ -83,6 +96,7 @@ class Resident:
         "sequence",
         "session_id",
         "tail",
+        "tail_bytes",
         "tail_from",
         "tail_seqs",
         "title",
@@ -106,13 +120,16 @@ class Resident:
         self.context: ContextRow
         self.tail: list[Raw] = []
         self.tail_seqs: list[int] = []
+        self.tail_bytes = 0
         self.tail_from = 0
         self.lead: Raw | None = None  # the leading message, if it lies below the tail and is known
         self.lead_known = False
         self.chat: tuple[int | None, bytes] | None = None  # the history that was last asked for: its limit, its JSON
         self.pending: deque[Change] = deque()
         self.held: list[Change] = []
+        self.held_bytes = 0  # what those take of the budget for unstored changes
         self.outcomes: dict[str, OutcomeRow] = {}
+        self.outcomes_bytes = 0
         self.outcomes_complete = True
         self.deleted = False
         self.documents_at = 0  # the sequence of the last change that touched documents, as far as memory knows
@@ -139,15 +156,30 @@ class Resident:
         resident.sequence = resident.documents_at = session.sequence
         resident.context = rows.context
         resident.tail_from = session.next_seq - 1
-        resident.outcomes = {row.key: row for row in reversed(rows.outcomes)}
+        for row in reversed(rows.outcomes):
+            resident._keep_outcome(row)
         resident.outcomes_complete = len(rows.outcomes) < OUTCOMES_MAX
-        resident.bytes = _HEAD_BYTES + resident._details_bytes + len(rows.context.metadata)
-        resident.bytes += sum(map(_outcome_bytes, rows.outcomes))
+        resident.bytes = _HEAD_BYTES + resident._details_bytes + text_bytes(rows.context.metadata)
+        resident.bytes += resident.outcomes_bytes
         return resident
+
+    def salvage(self, change: Change) -> None:
+        """Begin with the first change that is left of a session whose creation was lost: to be shown, never stored."""
+        self.created_at = change.last_activity
+        self.context = ContextRow(
+            incarnation=self.incarnation,
+            current_agent=DEFAULT_AGENT,
+            switch_count=0,
+            last_switch_at=None,
+            metadata="{}",
+            created_at=change.last_activity,
+            updated_at=change.last_activity,
+        )
+        self.bytes += len(self.context.metadata)
 
     @property
     def _details_bytes(self) -> int:
-        return len(self.title or "") + len(self.description or "") + len(self.metadata)
+        return text_bytes(self.title) + text_bytes(self.description) + text_bytes(self.metadata)
 
     @property
     def key(self) -> SessionKey:
@@ -210,9 +242,9 @@ class Resident:
             self.metadata = change.details.metadata
             self.bytes += self._details_bytes
         if change.context is not None:
-            self.bytes += len(change.context.metadata)
+            self.bytes += text_bytes(change.context.metadata)
             if change.birth is None:
-                self.bytes -= len(self.context.metadata)
+                self.bytes -= text_bytes(self.context.metadata)
             self.context = change.context
         if change.floor is not None:
             self._drop_tail(bisect_right(self.tail_seqs, change.floor))
@@ -226,8 +258,7 @@ class Resident:
             self.documents_at = change.sequence
         if change.outcome is not None and change.outcome.scope == self.incarnation:
             self._forget_outcome(change.outcome.key)
-            self.outcomes[change.outcome.key] = change.outcome
-            self.bytes += _outcome_bytes(change.outcome)
+            self._keep_outcome(change.outcome)
         self.deleted = change.deleted
 
     def forget_chat(self) -> None:
@@ -244,12 +275,12 @@ class Resident:
             self.tail_seqs.append(change.next_seq - 1)
         else:
             self.tail_seqs.extend(map(_seq, messages))
-        self.bytes += sum([len(memoryview(raw)) for raw in messages]) + _MESSAGE_BYTES * len(messages)
+        self._count_tail(sum([message_bytes(raw) for raw in messages]))
 
     def _remove(self, seq: int) -> None:
         index = bisect_left(self.tail_seqs, seq)
         if index < len(self.tail_seqs) and self.tail_seqs[index] == seq:
-            self.bytes -= len(memoryview(self.tail[index])) + _MESSAGE_BYTES
+            self._count_tail(-message_bytes(self.tail[index]))
             del self.tail[index], self.tail_seqs[index]
         if seq <= self.tail_from or not self.tail:
             self.forget_lead()
@@ -275,7 +306,7 @@ class Resident:
             if self.tail_from <= self.floor:
                 first = msgspec.json.decode(self.tail[0], type=Message)
                 self.learn_lead(self.tail[0] if leading_message(first) is not None else None)
-            self.bytes -= sum([len(memoryview(raw)) for raw in self.tail[:count]]) + _MESSAGE_BYTES * count
+            self._count_tail(-sum([message_bytes(raw) for raw in self.tail[:count]]))
             self.tail_from = self.tail_seqs[count - 1]
             del self.tail[:count], self.tail_seqs[:count]
 
@@ -283,32 +314,75 @@ class Resident:
         """Put older messages, all that there are between the new and the old `tail_from`, before the tail."""
         self.tail[:0] = encoded
         self.tail_seqs[:0] = seqs
-        self.bytes += sum([len(memoryview(raw)) for raw in encoded]) + _MESSAGE_BYTES * len(seqs)
+        self._count_tail(sum([message_bytes(raw) for raw in encoded]))
         self.tail_from = tail_from
 
-    def settle(self, sequence: int, tail_messages: int) -> None:
-        """Every view of the database that is in use, or will be, has the changes up to `sequence`."""
+    def _count_tail(self, difference: int) -> None:
+        self.tail_bytes += difference
+        self.bytes += difference
+
+    def settle(self, sequence: int, *, tail_messages: int, bytes_max: int) -> None:
+        """Every view of the database that is in use, or will be, has the changes up to `sequence`.
+
+        Of what the database has by now stay `tail_messages` in at most `bytes_max`, and outcomes in at most as much.
+        """
         pending = self.pending
         while pending and pending[0].sequence <= sequence:
             pending.popleft()
-        excess = len(self.tail) - tail_messages
-        if excess > 0:
+        self._trim_tail(tail_messages, bytes_max)
+        self.trim_outcomes(bytes_max)
+
+    def _trim_tail(self, messages_max: int, bytes_max: int) -> None:
+        excess = max(0, len(self.tail) - messages_max)
+        size = self.tail_bytes - sum([message_bytes(raw) for raw in self.tail[:excess]])
+        while size > bytes_max:
+            size -= message_bytes(self.tail[excess])
+            excess += 1
+        if excess:
             unsettled = next((_seq(change.messages[0]) for change in self.changes if change.messages), self.next_seq)
             self._drop_tail(min(excess, bisect_left(self.tail_seqs, unsettled)))
-        if len(self.outcomes) > OUTCOMES_MAX:
-            unstored = {change.outcome.key for change in self.changes if change.outcome is not None}
-            for key in [key for key in self.outcomes if key not in unstored][: len(self.outcomes) - OUTCOMES_MAX]:
-                self._forget_outcome(key)
-                self.outcomes_complete = False
+
+    def trim_outcomes(self, bytes_max: int) -> None:
+        """Let go of the oldest outcomes that the database has, until there are few enough, and small enough."""
+        if self.outcomes_bytes <= bytes_max and len(self.outcomes) <= OUTCOMES_MAX:
+            return
+        unstored = {change.outcome.key for change in self.changes if change.outcome is not None}
+        for key in [key for key in self.outcomes if key not in unstored]:
+            if self.outcomes_bytes <= bytes_max and len(self.outcomes) <= OUTCOMES_MAX:
+                break
+            self._forget_outcome(key)
+            self.outcomes_complete = False
+
+    def _keep_outcome(self, outcome: OutcomeRow) -> None:
+        self.outcomes[outcome.key] = outcome
+        self.outcomes_bytes += _outcome_bytes(outcome)
+        self.bytes += _outcome_bytes(outcome)
 
     def _forget_outcome(self, key: str) -> None:
         outcome = self.outcomes.pop(key, None)
         if outcome is not None:
+            self.outcomes_bytes -= _outcome_bytes(outcome)
             self.bytes -= _outcome_bytes(outcome)
 
 
+def message_bytes(raw: Raw) -> int:
+    """What a message takes in a tail."""
+    return _MESSAGE_BYTES + len(memoryview(raw))
+
+
+def text_bytes(text: str | None) -> int:
+    """What a text takes at most: one wide character makes all of them four bytes."""
+    if text is None:
+        return 0
+    return len(text) if text.isascii() else 4 * len(text)
+
+
 def _outcome_bytes(outcome: OutcomeRow) -> int:
-    return _OUTCOME_BYTES + len(outcome.outcome)
+    return _OUTCOME_BYTES + text_bytes(outcome.outcome)
+
+
+def _absent_bytes(session_id: str) -> int:
+    return _ABSENT_BYTES + text_bytes(session_id)
 
 
 class _Seq(msgspec.Struct):
@@ -325,12 +399,11 @@ def _seq(raw: Raw) -> int:
 class View:
     """A read under way: from `start` on it needs the changes, and its resident must stay."""
 
-    __slots__ = ("ended", "resident", "start")
+    __slots__ = ("resident", "start")
 
     def __init__(self, resident: Resident | None, start: int) -> None:
         self.resident = resident
         self.start = start
-        self.ended = False
 
 
 class Residents:
@@ -345,11 +418,13 @@ class Residents:
         self.born: list[SessionKey] = []
         self.dirty: dict[str, Resident] = {}
         self.bytes_max = bytes_max
+        self.share_bytes = bytes_max // _SHARE
+        self.on_settled: Callable[[int], None] = _nobody
         self._tail_messages = tail_messages
         self._entries: dict[str, Resident | None] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
-        self._views: deque[View] = deque()
-        self._settling: deque[tuple[int, Iterable[Resident]]] = deque()
+        self._views: OrderedDict[View, None] = OrderedDict()
+        self._settling: deque[tuple[int, Iterable[Resident], int]] = deque()
 
     @property
     def count(self) -> int:
@@ -393,7 +468,8 @@ class Residents:
         self._idle[session_id] = None
         if resident is not None:
             resident.idle = True
-        self.bytes += _ABSENT_BYTES if resident is None else resident.bytes
+            resident.trim_outcomes(self.share_bytes)
+        self.bytes += _absent_bytes(session_id) if resident is None else resident.bytes
         self._evict(keep=session_id)
 
     def add(self, change: Change, resident: Resident) -> None:
@@ -401,7 +477,7 @@ class Residents:
         session_id = change.session_id
         if change.birth is not None:
             if self._entries.get(session_id, UNKNOWN) is None:
-                self.bytes -= _ABSENT_BYTES
+                self.bytes -= _absent_bytes(session_id)
             self._idle.pop(session_id, None)
             self._entries[session_id] = resident
             self.bytes += resident.bytes
@@ -419,21 +495,26 @@ class Residents:
         if self.bytes > self.bytes_max:
             self._evict()
 
-    def hold(self, resident: Resident, change: Change) -> None:
-        """A change of this session went to quarantine: it shows for as long as it is there."""
+    def hold(self, resident: Resident, change: Change, size: int) -> None:
+        """A change of this session went to quarantine: it shows, and takes its room, for as long as it is there."""
         resident.held.append(change)
+        resident.held_bytes += size
 
-    def restore(self, changes: Iterable[Change], rows: HeadRows | None, *, succeeded: bool) -> None:
+    def restore(self, changes: Iterable[Change], size: int, rows: HeadRows | None, *, succeeded: bool) -> None:
         """At open: a session with quarantined changes, laid over what the database has of it.
 
-        `succeeded`: it ends with its deletion, and the database has another session under its id.
+        `size` is what they take of the budget; `succeeded`: the session ends with its deletion, and the database has
+        another one under its id.
         """
         held = list(changes)
         first = held[0]
         resident = Resident(first.session_id, first.incarnation) if rows is None else Resident.from_rows(rows)
+        if rows is None and first.birth is None:
+            resident.salvage(first)
         for change in held:
             resident.apply(change)
         resident.held = held
+        resident.held_bytes = size
         if not succeeded:
             self._entries[resident.session_id] = resident
         self.dirty[resident.incarnation] = resident
@@ -444,6 +525,7 @@ class Residents:
     def resubmit(self, resident: Resident, changes: Iterable[Change]) -> None:
         """The held changes of a session are in the log again, as `changes`; they show already."""
         resident.held = []
+        resident.held_bytes = 0
         for change in changes:
             resident.sequence = change.sequence
             resident.pending.append(change)
@@ -473,7 +555,7 @@ class Residents:
     def open_view(self, resident: Resident | None, stored: int) -> View:
         """A read begins. To be closed whatever happens."""
         view = View(resident, stored)
-        self._views.append(view)
+        self._views[view] = None
         if resident is not None:
             resident.pins += 1
             if resident.idle:
@@ -483,23 +565,24 @@ class Residents:
 
     def close_view(self, view: View) -> None:
         """A read has ended. Its session stays for now, however little room there is: the reader may still use it."""
-        view.ended = True
-        while self._views and self._views[0].ended:
-            self._views.popleft()
+        del self._views[view]
         resident = view.resident
         if resident is not None:
             resident.pins -= 1
             self._rest(resident)
         self._settle(keep=None if resident is None else resident.session_id)
 
-    def stored(self, sequence: int, residents: Iterable[Resident]) -> None:
-        """The changes up to `sequence` are in the database; `residents` are those they belong to."""
-        self._settling.append((sequence, residents))
+    def stored(self, sequence: int, residents: Iterable[Resident], size: int) -> None:
+        """The changes up to `sequence` are in the database; `residents` are those they belong to.
+
+        `size` is what they take of the budget: `on_settled` is told of it when they have settled.
+        """
+        self._settling.append((sequence, residents, size))
         self._settle()
 
     def keep_chat(self, resident: Resident, limit: int | None, data: bytes) -> None:
         """Keep the JSON of a history, as the resident has it now, unless it would crowd out the others."""
-        if len(data) * _CHAT_SHARE <= self.bytes_max:
+        if len(data) <= self.share_bytes:
             before = resident.bytes
             resident.bytes += len(data) - (0 if resident.chat is None else len(resident.chat[1]))
             resident.chat = (limit, data)
@@ -515,18 +598,25 @@ class Residents:
         self.bytes += resident.bytes - before
 
     def _settle(self, keep: str | None = None) -> None:
-        while self._settling and not (self._views and self._views[0].start < self._settling[0][0]):
-            sequence, residents = self._settling.popleft()
+        oldest = next(iter(self._views), None)  # views are opened in the order of their starts
+        while self._settling and (oldest is None or oldest.start >= self._settling[0][0]):
+            sequence, residents, size = self._settling.popleft()
             self.settled = sequence
             for resident in residents:
                 before = resident.bytes
-                resident.settle(sequence, 0 if self.crowded else self._tail_messages)
+                if self.crowded:
+                    resident.settle(sequence, tail_messages=0, bytes_max=0)
+                    resident.forget_chat()
+                    resident.forget_lead()
+                else:
+                    resident.settle(sequence, tail_messages=self._tail_messages, bytes_max=self.share_bytes)
                 if resident.unborn is not None and resident.unborn <= sequence and not resident.held:
                     self._unbear(resident)
                 self.bytes += resident.bytes - before
                 if not resident.pending and not resident.held:
                     self.dirty.pop(resident.incarnation, None)
                 self._rest(resident)
+            self.on_settled(size)
         self._evict(keep)
 
     def _rest(self, resident: Resident) -> None:
@@ -541,7 +631,7 @@ class Residents:
             return
         if resident.deleted:
             self._entries[resident.session_id] = None
-            self.bytes += _ABSENT_BYTES - resident.bytes
+            self.bytes += _absent_bytes(resident.session_id) - resident.bytes
             resident.bytes = 0
         else:
             resident.idle = True
@@ -564,9 +654,13 @@ class Residents:
                 return
             del self._idle[session_id]
             resident = self._entries.pop(session_id)
-            self.bytes -= _ABSENT_BYTES if resident is None else resident.bytes
+            self.bytes -= _absent_bytes(session_id) if resident is None else resident.bytes
             self.evictions += 1
 
 
 def _order(key: SessionKey) -> tuple[datetime, str]:
     return key.created_at, key.incarnation
+
+
+def _nobody(_size: int) -> None:
+    """Nobody counts the bytes of changes yet."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import msgspec
@@ -34,25 +33,27 @@ from .errors import (
     again,
 )
 from .identifiers import Identifiers, utc_now
-from .lease import LeaseKeeper, claim_of
+from .journal import Journal, JournalFiles
+from .keeper import JournalKeeper
+from .lease import LeaseKeeper
 from .log import Log
+from .opening import claimed, journal_files, levels_of
 from .plans import MESSAGE_BYTES_MAX, TITLE_CHARS_MAX, NewSession, Planner
 from .plugins import PluginManager
 from .quarantine import Quarantine
 from .reads import Reads
-from .records import Durability, NewMessage, Order, Page, Session, Watermarks
+from .records import DEFAULT_AGENT, Durability, NewMessage, Order, Page, Session, Watermarks
+from .recovery import recover
 from .residents import Resident, Residents
 from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
 from .status import Status, status_of
-from .storage import Grant, Storage, StorageConfig
+from .storage import Storage, StorageConfig
 from .validation import check_id, check_limit, check_message, check_name, check_text, json_object
 
 __all__ = ["Runtime", "open_runtime"]
 
 logger = logging.getLogger("agent_runtime")
-
-_DEFAULT_AGENT: Final = "orchestrator"
 
 
 class Runtime:
@@ -62,39 +63,43 @@ class Runtime:
         self,
         config: Config,
         storage: Storage,
-        grant: Grant,
+        lease: LeaseKeeper,
         plugins: PluginManager,
         *,
-        now: Callable[[], datetime] = utc_now,
+        sequence: int,
+        budget: Budget,
+        journal: Journal | None,
+        generator: random.Random,
     ) -> None:
-        generator = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 — names and jitter, no secrets
         write_behind = config.write_behind
+        levels, durability = levels_of(config, storage.abilities, journaled=journal is not None)
         self.config = config
         self.plugins = plugins
         self._storage = storage
-        self._log = Log(grant.sequence)
-        self._budget = Budget(
-            write_behind.pending_bytes_max,
-            timeout_s=write_behind.append_timeout_s,
-            retry_after_s=max(1.0, min(write_behind.interval_s, 30.0)),
-        )
+        power_safe = storage.abilities.survives != "nothing"
+        self._log = Log(sequence, journal, power_safe=power_safe)
+        self._budget = budget
         self._residents = Residents(bytes_max=config.residents.bytes_max, tail_messages=config.residents.tail_messages)
         self._scheduler = Scheduler(
             storage,
-            grant.fence,
+            lease.grant.fence,
             log=self._log,
             budget=self._budget,
             residents=self._residents,
             observers=plugins,
-            options=SchedulerOptions(
-                interval_s=write_behind.interval_s,
-                batch_changes=write_behind.batch_changes,
-                quarantine_max=write_behind.quarantine_max,
-                quarantine_window_s=write_behind.quarantine_window_s,
-            ),
-            now=now,
+            options=_scheduler_options(config),
+            now=utc_now,
             random=generator.random,
         )
+        self._journal = None
+        if journal is not None:
+            self._journal = JournalKeeper(
+                journal,
+                self._log,
+                sync_interval_s=config.journal.sync_interval_s,
+                unstored=self._scheduler.unstored,
+                cuts=power_safe,
+            )
         identifiers = Identifiers(lambda: time.time_ns() // 1_000_000, generator.getrandbits)
         self._identifiers = identifiers
         self._door = Door(
@@ -103,14 +108,20 @@ class Runtime:
             budget=self._budget,
             residents=self._residents,
             scheduler=self._scheduler,
-            now=now,
-            durability=write_behind.durability,
+            now=utc_now,
+            levels=levels,
+            durability=durability,
             durability_timeout_s=write_behind.durability_timeout_s,
+            read_timeout_s=config.storage.read_timeout_s,
         )
-        self._planner = Planner(sequence=lambda: self._log.accepted + 1, identifiers=identifiers, now=now)
+        self._planner = Planner(sequence=lambda: self._log.next, identifiers=identifiers, now=utc_now)
         self._reads = Reads(self._door, tail_messages=config.residents.tail_messages)
         self._quarantine = Quarantine(
-            door=self._door, log=self._log, residents=self._residents, scheduler=self._scheduler
+            door=self._door,
+            log=self._log,
+            budget=self._budget,
+            residents=self._residents,
+            scheduler=self._scheduler,
         )
         self._archives = Archives(
             door=self._door,
@@ -119,8 +130,9 @@ class Runtime:
             hooks=plugins,
             bytes_max=write_behind.pending_bytes_max,
         )
-        self._lease = LeaseKeeper(storage.leases, grant, duration_s=config.lease.duration_s)
+        self._lease = lease
         self._lease_scope = anyio.CancelScope(shield=True)
+        self._journal_scope = anyio.CancelScope()
         self._fenced: LeaseLost | None = None
         self._fenced_off = anyio.Event()
 
@@ -135,7 +147,7 @@ class Runtime:
         title: str | None = None,
         description: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        agent: str = _DEFAULT_AGENT,
+        agent: str = DEFAULT_AGENT,
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> SessionHandle:
@@ -158,7 +170,7 @@ class Runtime:
         title: str | None = None,
         description: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        agent: str = _DEFAULT_AGENT,
+        agent: str = DEFAULT_AGENT,
         durability: Durability | None = None,
         idempotency_key: str | None = None,
     ) -> SessionHandle:
@@ -307,6 +319,8 @@ class Runtime:
             scheduler=self._scheduler,
             lease=self._lease,
             storage=self._storage,
+            journal=None if self._journal is None else self._journal.journal,
+            durability=self._door.durability,
             fenced=self._fenced,
         )
 
@@ -332,6 +346,8 @@ class Runtime:
             drained = anyio.Event()
             tasks.start_soon(self._run_scheduler, drained)
             tasks.start_soon(self._run_lease)
+            if self._journal is not None:
+                tasks.start_soon(self._run_journal, self._journal)
             try:
                 async with AsyncExitStack() as lifespans:
                     for plugin, lifespan in self.plugins.lifespans(self):
@@ -347,7 +363,8 @@ class Runtime:
             tasks.start_soon(self._drain, drained)  # a task of its own: asyncio's `Task.cancel` passes all shields
         left = None
         if pending := self._scheduler.pending_changes:
-            left = DrainIncomplete(pending, self._scheduler.figures.last_error or "the drain took too long")
+            reason = self._scheduler.figures.last_error or "the drain took too long"
+            left = DrainIncomplete(pending, reason, None if self._journal is None else self._journal.journal.place)
         if body_error is not None:
             if left:
                 body_error.add_note(f"agent-runtime: {left}")
@@ -367,6 +384,7 @@ class Runtime:
             self._scheduler.abandon(self._fenced or RuntimeClosed())
             await drained.wait()
             self._lease_scope.cancel()
+            self._journal_scope.cancel()
 
     async def _run_scheduler(self, drained: anyio.Event) -> None:
         try:
@@ -384,6 +402,12 @@ class Runtime:
         except LeaseLost as error:
             self._fence_off(error)
 
+    async def _run_journal(self, keeper: JournalKeeper) -> None:
+        with anyio.CancelScope(shield=True):
+            with self._journal_scope:
+                await keeper.run()
+            await keeper.close()
+
     def _fence_off(self, error: LeaseLost) -> None:
         """Another runtime writes now: what is in memory may be wrong, so nothing is served any more."""
         self._fenced = error
@@ -394,34 +418,91 @@ class Runtime:
 
 @asynccontextmanager
 async def open_runtime(
-    config: Config | str, *, plugins: Iterable[object] = (), address: str | None = None
+    config: Config | str,
+    *,
+    plugins: Iterable[object] = (),
+    address: str | None = None,
+    files: JournalFiles | None = None,
 ) -> AsyncIterator[Runtime]:
     """Open the sessions of a database: `async with open_runtime("sqlite:///data/agent_runtime.db") as runtime`.
 
     `config` is a URL or a whole configuration. `plugins` are registered besides the installed ones. `address` is the
-    URL of the caller's server, if it has one: written into the lease, so that others find it.
+    URL of the caller's server, if it has one: written into the lease, so that others find it. `files` take the place
+    of the journal's directory, as a simulation does.
 
     Raises:
         ConfigError, PluginError: nothing was opened.
         LeaseHeld: another runtime has this database open.
-        StorageError: the database can't be opened.
+        JournalError: the journal can't be opened, or is that of another database (JournalMismatch).
+        StorageError: the database can't be opened, or does not take what the journal has for it.
         DrainIncomplete: at the end, when changes could not be stored within `drain_timeout_s`.
         LeaseLost: at the end, when another runtime took over.
     """
     if isinstance(config, str):
         config = Config.of(config)
+    generator = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 — names and jitter, no secrets
     manager = PluginManager(disabled=config.plugins.disabled)
     manager.load(plugins)
     factory = manager.storage_for(config.storage.url)
     async with factory(StorageConfig(url=config.storage.url, options=dict(config.storage.options))) as storage:
-        grant = await storage.leases.acquire(claim_of(config.lease.duration_s, address))
-        runtime = Runtime(config, storage, grant, manager)
-        try:
+        files = files or journal_files(config, storage.abilities)
+        levels_of(config, storage.abilities, journaled=files is not None and config.journal.enabled)
+        async with claimed(config, storage, files, address) as (lease, directory, identity), AsyncExitStack() as stack:
+            budget = _budget(config)
+            sequence = lease.grant.sequence
+            journal = None
+            if files is not None and directory is not None and identity is not None:
+                await directory.cut_torn_tails()
+                # The new generation must stand in the journal before the first batch confirms it in the database.
+                journal = await Journal.begin(
+                    files,
+                    directory,
+                    journal_id=identity.journal_id,
+                    generation=identity.generation,
+                    database_id=lease.grant.database_id,
+                    after=max(sequence, directory.end),
+                    segment_bytes=config.journal.segment_bytes,
+                    retain_s=config.journal.retain_s,
+                    pending_bytes=lambda: budget.used,
+                )
+                stack.callback(journal.close)
+                if directory.end > sequence:
+                    sequence = await recover(
+                        directory,
+                        storage,
+                        lease,
+                        observers=manager,
+                        options=_scheduler_options(config),
+                        bytes_max=config.write_behind.pending_bytes_max,
+                        timeout_s=config.write_behind.durability_timeout_s,
+                        now=utc_now,
+                        random=generator.random,
+                    )
+                if not config.journal.enabled:  # it was there from before: what it held is stored now
+                    if storage.abilities.survives != "nothing":
+                        await journal.finish(sequence)
+                    journal = None
+            runtime = Runtime(
+                config, storage, lease, manager, sequence=sequence, budget=budget, journal=journal, generator=generator
+            )
             async with runtime._serve():
                 yield runtime
-        finally:
-            with anyio.move_on_after(_RELEASE_TIMEOUT_S, shield=True):
-                await runtime._lease.release()
 
 
-_RELEASE_TIMEOUT_S: Final = 5.0
+def _budget(config: Config) -> Budget:
+    write_behind = config.write_behind
+    return Budget(
+        write_behind.pending_bytes_max,
+        timeout_s=write_behind.append_timeout_s,
+        retry_after_s=max(1.0, min(write_behind.interval_s, 30.0)),
+    )
+
+
+def _scheduler_options(config: Config) -> SchedulerOptions:
+    write_behind = config.write_behind
+    return SchedulerOptions(
+        interval_s=write_behind.interval_s,
+        batch_changes=write_behind.batch_changes,
+        quarantine_max=write_behind.quarantine_max,
+        quarantine_window_s=write_behind.quarantine_window_s,
+    )

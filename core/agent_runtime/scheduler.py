@@ -19,8 +19,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 from typing import Final, NamedTuple, Protocol
 
 import anyio
@@ -28,8 +29,16 @@ import msgspec
 from anyio.lowlevel import checkpoint
 
 from .budget import Budget
-from .changes import Batch, Change, Coalescer, Receipt
-from .errors import AgentRuntimeError, ChangeRejected, LeaseLost, SequenceMismatch, StorageError, StorageFatal
+from .changes import Batch, Change, Coalescer, Receipt, encode_change
+from .errors import (
+    AgentRuntimeError,
+    ChangeRejected,
+    JournalCorrupt,
+    LeaseLost,
+    SequenceMismatch,
+    StorageError,
+    StorageFatal,
+)
 from .log import Log
 from .residents import Resident, Residents
 from .storage import Fence, Storage
@@ -59,11 +68,15 @@ class Observers(Protocol):
 
 
 class Pending(NamedTuple):
-    """An unstored change; `size` is what it takes of the budget, in bytes. A void one has no resident."""
+    """An unstored change; `size` is what it takes of the budget, in bytes. A void or replayed one has no resident.
+
+    `broken` says why it can't be applied although the database would take it: it goes to quarantine without a try.
+    """
 
     change: Change
     resident: Resident | None
     size: int
+    broken: str | None = None
 
 
 class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +129,7 @@ class Scheduler:
         self._now = now
         self._random = random
         self._pending: deque[Pending] = deque()
+        self._pending_bytes = 0
         self._oldest_at = 0.0
         self._held: set[str] = set()
         self._rejections: deque[float] = deque()
@@ -125,13 +139,18 @@ class Scheduler:
         self._abandoned = False
         self._scope = anyio.CancelScope()
         self._purge_at = anyio.current_time()  # an earlier run may have left rows to purge
-        log.on_demand = self._wake_up
+        log.on_demand(store=self._wake_up)
         budget.on_demand = self._wake_up
+        residents.on_settled = budget.release
 
     @property
     def pending_changes(self) -> int:
         """How many changes are not stored."""
         return len(self._pending)
+
+    def unstored(self) -> Iterator[tuple[int, bytes]]:
+        """The sequence and the encoded form of every change that is not stored, in order, as they are now."""
+        return ((pending.change.sequence, encode_change(pending.change)) for pending in [*self._pending])
 
     @property
     def oldest_age_s(self) -> float:
@@ -150,10 +169,11 @@ class Scheduler:
         """A change was acknowledged. Its size is taken from the budget already. Synchronous; never fails."""
         waiting = self._pending
         waiting.append(pending)
+        self._pending_bytes += pending.size
         if len(waiting) == 1:
             self._oldest_at = anyio.current_time()
             self._wake.set()
-        elif len(waiting) == self._options.batch_changes or self._budget.used * 2 > self._budget.bytes_max:
+        elif len(waiting) == self._options.batch_changes or self._pending_bytes * 2 > self._budget.bytes_max:
             self._wake.set()
 
     def stop(self) -> None:
@@ -170,7 +190,7 @@ class Scheduler:
                     await checkpoint()  # let everyone who is about to wait at this moment share the batch
                     count = min(len(self._pending), self._options.batch_changes)
                     self._taken_at = anyio.current_time() if count == len(self._pending) else self._oldest_at
-                    await self._store([self._pending[index] for index in range(count)])
+                    await self._store(list(islice(self._pending, count)))
                 if self._purge_in() <= 0 and not self._stopping:
                     await self._purge()
         except LeaseLost as error:
@@ -208,10 +228,10 @@ class Scheduler:
             return math.inf
         if (
             self._stopping
-            or self._log.awaited
+            or self._log.store_awaited
             or self._budget.awaited
             or pending >= self._options.batch_changes
-            or self._budget.used * 2 > self._budget.bytes_max
+            or self._pending_bytes * 2 > self._budget.bytes_max
         ):
             return 0.0
         return self._oldest_at + self._options.interval_s - anyio.current_time()
@@ -227,7 +247,16 @@ class Scheduler:
 
     async def _store(self, changes: Sequence[Pending]) -> None:
         """Store consecutive changes, the oldest there are; what is rejected is bisected, left to right."""
+        broken = next((index for index, pending in enumerate(changes) if pending.broken is not None), None)
+        if broken is not None and len(changes) > 1:
+            for part in (changes[:broken], changes[broken : broken + 1], changes[broken + 1 :]):
+                await self._store(part)
+            return
         rejected: dict[int, str] = {}
+        if broken is not None and changes[0].change.incarnation not in self._held:
+            reason = changes[0].broken or ""
+            rejected[changes[0].change.sequence] = reason
+            self._hold_rejected(changes[0], JournalCorrupt(reason))
         attempt = 0
         while not self._abandoned and (
             changes := [pending for pending in changes if pending.change.sequence > self._log.stored]
@@ -308,16 +337,17 @@ class Scheduler:
         residents: dict[int, Resident] = {}
         size = 0
         while waiting and waiting[0].change.sequence <= sequence:
-            change, resident, taken = waiting.popleft()
-            size += taken
+            change, resident, taken, _ = waiting.popleft()
+            self._pending_bytes -= taken
             if resident is not None:
                 residents[id(resident)] = resident
-                if change.incarnation in self._held:
-                    self._residents.hold(resident, change)
+            if resident is not None and change.incarnation in self._held:
+                self._residents.hold(resident, change, taken)
+            else:
+                size += taken
         self._oldest_at = self._taken_at
-        self._log.advance(sequence)
-        self._residents.stored(sequence, residents.values())
-        self._budget.release(size)
+        self._log.advance_stored(sequence)
+        self._residents.stored(sequence, residents.values(), size)
         if batch.deleted or batch.cleared or any(session.floor for session in batch.created):
             self._purge_at = anyio.current_time()
 

@@ -9,14 +9,23 @@ import msgspec
 
 from .budget import Budget
 from .errors import LeaseLost
+from .journal import Journal
 from .lease import LeaseKeeper
 from .log import Log
-from .records import Watermarks
+from .records import Durability, Watermarks
 from .residents import Residents
 from .scheduler import FlushFigures, Scheduler
 from .storage import PoolFigures, Storage
 
-__all__ = ["LeaseStatus", "PendingStatus", "QuarantineStatus", "ResidentsStatus", "Status", "status_of"]
+__all__ = [
+    "JournalStatus",
+    "LeaseStatus",
+    "PendingStatus",
+    "QuarantineStatus",
+    "ResidentsStatus",
+    "Status",
+    "status_of",
+]
 
 
 class PendingStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,16 +63,31 @@ class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
     unreachable: bool
 
 
+class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The journal. `full`: it takes no more for want of disk; `sync_failures` count since the start."""
+
+    place: str
+    segments: int
+    bytes: int
+    full: bool
+    sync_failures: int
+    last_sync_s: float
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """All figures. `state` is degraded while batches fail for a reason that does not go away by itself, or for now."""
+    """All figures. `durability` is the level that a call waits for unless it names one. `state` is degraded while
+    batches fail, for now or for a reason that does not go away by itself.
+    """
 
     state: Literal["running", "degraded", "fenced"]
+    durability: Durability
     watermarks: Watermarks
     pending: PendingStatus
     flush: FlushFigures
     residents: ResidentsStatus
     quarantine: QuarantineStatus
     lease: LeaseStatus
+    journal: JournalStatus | None
     pool: PoolFigures
 
 
@@ -75,6 +99,8 @@ def status_of(
     scheduler: Scheduler,
     lease: LeaseKeeper,
     storage: Storage,
+    journal: Journal | None,
+    durability: Durability,
     fenced: LeaseLost | None,
 ) -> Status:
     """The figures of this moment."""
@@ -82,6 +108,7 @@ def status_of(
     held = residents.held
     return Status(
         state="fenced" if fenced else "degraded" if failing else "running",
+        durability=durability,
         watermarks=log.watermarks,
         pending=PendingStatus(
             changes=scheduler.pending_changes,
@@ -104,5 +131,18 @@ def status_of(
             expires_in_s=lease.expires_at - anyio.current_time(),
             unreachable=lease.unreachable,
         ),
+        journal=None if journal is None else _journal_status(journal),
         pool=storage.figures(),
+    )
+
+
+def _journal_status(journal: Journal) -> JournalStatus:
+    figures = journal.figures
+    return JournalStatus(
+        place=journal.place,
+        segments=figures.segments,
+        bytes=figures.bytes,
+        full=figures.full,
+        sync_failures=figures.failures,
+        last_sync_s=figures.last_sync_s,
     )

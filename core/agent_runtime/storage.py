@@ -64,9 +64,14 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What a storage declares of itself; nothing is found out by trying."""
+    """What a storage declares of itself; nothing is found out by trying.
+
+    `journal_directory` is where the journal lies unless the configuration says so: beside a database that is a local
+    file. None: the configuration must say.
+    """
 
     survives: Survival
+    journal_directory: str | None = None
 
 
 class Fence(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +88,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     `generation` is the new generation of the journal, written with the grant. `boot_id` names the machine's boot,
     `process_started` is the process's start in clock ticks since then, `pid_namespace` the namespace `pid` counts in;
     they are None where the platform has no such thing. `address` is the URL of the holder's server, if it has one.
+    `reclaims` says that the claimant has the journal's own directory under its lock, not a copy of it: whoever held
+    the lease with this `journal_id` is dead.
     """
 
     partition: int = 0
@@ -95,6 +102,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     address: str | None = None
     journal_id: str | None = None
     generation: int = 0
+    reclaims: bool = False
     duration_s: float
 
 
@@ -107,9 +115,13 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaseRow(msgspec.Struct, frozen=True, kw_only=True):
-    """Who holds the lease. `expires_in_s` is by the storage's own clock, negative once expired; None when released."""
+    """Who holds the lease. `expires_in_s` is by the storage's own clock, negative once expired; None when released.
+
+    `database_id` is the one that grants name.
+    """
 
     partition: int
+    database_id: str
     epoch: int
     holder: str | None
     host: str | None
@@ -196,6 +208,9 @@ class Snapshot(Protocol):
     async def outcome(self, scope: str, key: str) -> OutcomeRow | None:
         """The outcome of an idempotency key, expired or not."""
 
+    async def outcomes(self, *, after: tuple[str, str] | None = None, limit: int) -> Sequence[OutcomeRow]:
+        """Outcomes of all scopes, expired or not, in order of (scope, key) by code points, behind `after`."""
+
     async def quarantine(self, *, after: int = 0, limit: int) -> Sequence[QuarantineRow]:
         """Quarantined changes with a sequence above `after`, in order of sequence."""
 
@@ -210,7 +225,7 @@ class LeaseDesk(Protocol):
     """Grants the right to write one partition to one holder at a time."""
 
     async def acquire(self, claim: Claim) -> Grant:
-        """Take the lease: when nobody holds it, it has expired, or its holder is provably dead.
+        """Take the lease: when nobody holds it, it has expired, its holder is provably dead, or the claim reclaims it.
 
         One transaction that locks the partition's row: it raises the epoch, so that the fence of every earlier holder
         stops to match, and writes the journal's row. The database's id is made with the first grant.

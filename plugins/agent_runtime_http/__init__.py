@@ -55,7 +55,9 @@ def agent_runtime_clients() -> Mapping[str, ClientFactory]:
 
 @hookimpl
 def agent_runtime_commands(app: typer.Typer) -> None:
-    """The command `serve`."""
+    """The commands `serve` and `torture`."""
     from .commands import serve  # servers are loaded by who serves
+    from .torture.command import command as torture
 
     app.command()(serve)
+    app.command("torture")(torture)

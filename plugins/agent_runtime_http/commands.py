@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import anyio
 import typer
@@ -14,27 +15,35 @@ from agent_runtime.cli.logs import configure_logging
 from agent_runtime.cli.options import ConfigFile, StorageUrl
 from agent_runtime.cli.running import with_place
 
-from .engines import Loop
-from .serve import run_server
-
 __all__ = ["serve"]
+
+Loop: TypeAlias = Literal["asyncio", "trio"]
 
 
 def serve(
     config: ConfigFile = None,
     storage: StorageUrl = None,
     host: Annotated[
-        str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on, instead of http.host.")
+        str | None, typer.Option("--host", metavar="ADDRESS", help="Address, instead of http.host (127.0.0.1).")
     ] = None,
     port: Annotated[
-        int | None, typer.Option("--port", min=0, max=65535, help="Port, instead of http.port; 0 takes a free one.")
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Port, instead of http.port (8001); 0 takes a free one."),
     ] = None,
     loop: Annotated[Loop, typer.Option("--loop", help="Event loop; trio comes with the extra `trio`.")] = "asyncio",
 ) -> None:
-    """Serve the sessions over HTTP, until SIGTERM or Ctrl-C. Then what is not stored yet is stored."""
+    """Serve the sessions over HTTP, until SIGTERM or Ctrl-C. Then what is not stored yet is stored.
+
+    Once it serves it says where it listens, where it stores and which plugins are on. Ctrl-C once more: requests under
+    way are not waited for, storing is.
+    """
+    from .serve import run_server  # and the servers, which other commands do not wait for
+
     given = {"storage.url": storage, "http.host": host, "http.port": port}
     settings = load_config(config, overrides={key: value for key, value in given.items() if value is not None})
     configure_logging(settings, quiet=False)
+    if settings.logging.level != "DEBUG":
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells each of its own steps of opening a database
     if loop == "trio" and find_spec("hypercorn") is None:
         raise ConfigError(["--loop trio needs Hypercorn: pip install 'agent-runtime[trio]'"])
     options = {"use_uvloop": True} if loop == "asyncio" else {}

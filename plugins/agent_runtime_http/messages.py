@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -23,7 +23,10 @@ async def append(call: Call) -> Answer:
     """Append one message in chat format; 201 and the message as it is kept."""
     message = await call.object()
     session = await call.session()
-    return json_answer(await session.append_message(message, **call.query), 201)
+    try:
+        return json_answer(await session.append_message(message, **call.query), 201)
+    except InvalidInput as error:
+        raise _as_sent(error, message, 0) from None
 
 
 @operation(durability=str)
@@ -33,9 +36,26 @@ async def append_batch(call: Call) -> Answer:
     session = await call.session()
     try:
         return json_answer({"items": await session.append_many(given["messages"], **call.query)}, 201)
+    except InvalidInput as error:
+        raise _as_sent(error, given, 2) from None
     except DurabilityNotReached as error:
         error.outcome = {"items": error.outcome}
         raise
+
+
+def _as_sent(error: InvalidInput, body: Any, depth: int) -> InvalidInput:
+    """The same refusal with the way through the body, where what is kept as `extra` stands beside the other members.
+
+    `depth` is how many keys lead to a message.
+    """
+    keys = error.keys
+    if len(keys) < depth + 2 or keys[depth] != "extra":
+        return error
+    for key in keys[:depth]:
+        body = body[key]
+    if keys[depth + 1] in (body.get("extra") or {}):
+        return error
+    return InvalidInput(error.path, error.problem, (*keys[:depth], *keys[depth + 1 :]))
 
 
 @operation(after=int, limit=int, order=str)

@@ -19,6 +19,7 @@ from agent_runtime import (
     DurabilityNotReached,
     IdempotencyConflict,
     InvalidInput,
+    JournalError,
     JournalFull,
     LeaseLost,
     Overloaded,
@@ -106,6 +107,7 @@ FAILURES: Final[Mapping[type[Exception], Kind]] = {
     LeaseLost: Kind(503, "lease-lost", "Another runtime has taken over"),
     DurabilityNotReached: Kind(504, "durability-not-reached", "Applied, but not yet at the level asked for"),
     JournalFull: Kind(507, "journal-full", "The disk is full"),
+    JournalError: Kind(503, "journal-unavailable", "The journal can't be written", again=True),
 }
 """What the runtime raises."""
 

@@ -59,8 +59,10 @@ async def run_server(config: Config, loop: Loop, announce: Callable[[str], None]
                     await ended.wait()
                     logger.info("stopping; %d change(s) are to be stored", runtime.status().pending.changes)
         except LeaseLost as error:
-            pending = runtime.status().pending.changes
-            failure = DrainIncomplete(pending, str(error)) if pending else error
+            status = runtime.status()
+            journal = None if status.journal is None else status.journal.place
+            left = status.pending.changes
+            failure = DrainIncomplete(left, str(error), journal) if left else error
         except AgentRuntimeError as error:
             failure = error
         engine.stop()
@@ -102,7 +104,7 @@ def _announcement(runtime: Runtime, url: str) -> list[str]:
     plugins = ", ".join(sorted(plugin.name for plugin in runtime.plugins.describe() if not plugin.disabled))
     return [
         f"agent-runtime {version('agent-runtime')} listens on {url}",
-        f"stores in {config.shown()['storage']['url']} (durability: {config.write_behind.durability})",
+        f"stores in {config.shown()['storage']['url']} (durability: {runtime.status().durability})",
         f"plugins: {plugins}",
     ]
 

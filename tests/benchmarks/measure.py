@@ -46,25 +46,30 @@ async def compare(
     unit: str = "s",
     at_most: float | None = None,
     at_least: float | None = None,
+    difference: bool = False,
+    warm_up: bool = True,
 ) -> None:
-    """Print the ratio of the medians of two sides, and fail when it misses its target.
+    """Print the ratio of the medians of two sides, or their difference, and fail when it misses its target.
 
     A first round, to warm up, does not count. While the target is missed there are more rounds, a few times as many: it
     is met or missed by the medians of all.
     """
-    target = f"≤ {at_most:g}" if at_most is not None else f"≥ {at_least:g}" if at_least is not None else "figure"
-    await side_by_side(1, side, reference)
+    target = _target(at_most, at_least, unit if difference else None)
+    if warm_up:
+        await side_by_side(1, side, reference)
     samples: list[list[float]] = [[], []]
     for _ in range(_ATTEMPTS):
         for sample, more in zip(samples, await side_by_side(rounds, side, reference), strict=True):
             sample.extend(more)
         over, under = map(median, samples)
-        ratio = over / under
-        met = (at_most is None or ratio <= at_most) and (at_least is None or ratio >= at_least)
+        value = over - under if difference else over / under
+        met = (at_most is None or value <= at_most) and (at_least is None or value >= at_least)
         if met:
             break
-    print(f"\n  {ratio:8.2f}  {target:8} {name}  ({_shown(over, unit)} / {_shown(under, unit)})", end="")
-    assert met, f"{name}: {ratio:.2f}, the target is {target}"
+    value_shown = _shown(value, unit) if difference else f"{value:.2f}"
+    operator = "-" if difference else "/"
+    print(f"\n  {value_shown:>8}  {target:8} {name}  ({_shown(over, unit)} {operator} {_shown(under, unit)})", end="")
+    assert met, f"{name}: {value_shown}, the target is {target}"
 
 
 def spread(name: str, samples: Sequence[float]) -> None:
@@ -75,9 +80,19 @@ def spread(name: str, samples: Sequence[float]) -> None:
     print(f"\n  {'':8}  {'figure':8} {name}: p50, p99, max  {shown}", end="")
 
 
-def figure(name: str, value: float) -> None:
-    """Print a ratio that has no target."""
-    print(f"\n  {value:8.2f}  {'figure':8} {name}", end="")
+def figure(name: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
+    """Print a number that is no ratio of medians; fail when it misses its target, if it has one."""
+    target = _target(at_most, at_least)
+    print(f"\n  {value:8.2f}  {target:8} {name}", end="")
+    assert at_most is None or value <= at_most, f"{name}: {value:.2f}, the target is {target}"
+    assert at_least is None or value >= at_least, f"{name}: {value:.2f}, the target is {target}"
+
+
+def _target(at_most: float | None, at_least: float | None, unit: str | None = None) -> str:
+    sign, value = ("≤", at_most) if at_most is not None else ("≥", at_least)
+    if value is None:
+        return "figure"
+    return f"{sign} {value:g}" if unit is None else f"{sign} {_shown(value, unit)}"
 
 
 def _shown(value: float, unit: str) -> str:

@@ -15,7 +15,7 @@ import typer
 
 from ..errors import ConfigError
 from ..sources import load_config
-from . import config, plugins, sessions, transfer
+from . import check, config, copy, journal, plugins, quarantine, sessions, transfer
 from .exits import FAILED, SIGNALLED, failure_of, tell
 from .invocation import Invocation, invocation_of
 from .logs import configure_logging
@@ -49,6 +49,10 @@ def _build() -> typer.Typer:
     app.add_typer(sessions.app, name="sessions")
     app.command("import")(transfer.import_)
     app.command("export")(transfer.export)
+    app.command("copy")(copy.copy_all)
+    app.add_typer(journal.app, name="journal")
+    app.add_typer(quarantine.app, name="quarantine")
+    app.command("check")(check.check_all)
     app.add_typer(config.app, name="config")
     app.command("plugins")(plugins.list_plugins)
     return app

@@ -96,7 +96,7 @@ def _bar(what: str, total: int | None) -> Iterator[Callable[[str, int], None]]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TaskProgressColumn(markup=False),
+        TaskProgressColumn("{task.percentage:>3.0f} %", markup=False),
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )

@@ -1,7 +1,9 @@
-"""For tests of plugins, and of what is built on the runtime: faults on demand."""
+"""For tests of plugins, and of what is built on the runtime: faults of storages and disks, on demand."""
 
 from __future__ import annotations
 
+from .disk import SimulatedDisk
+from .disk_faults import DISK_CALL_NAMES, DiskCallName, DiskFault
 from .faults import (
     CALL_NAMES,
     CallName,
@@ -16,11 +18,15 @@ from .faulty import FaultyStorage, faulty_plugin
 
 __all__ = [
     "CALL_NAMES",
+    "DISK_CALL_NAMES",
     "CallName",
+    "DiskCallName",
+    "DiskFault",
     "Fault",
     "Faults",
     "FaultyStorage",
     "Gate",
+    "SimulatedDisk",
     "creates_session",
     "faulty_plugin",
     "writes_message",

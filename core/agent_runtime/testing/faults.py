@@ -37,7 +37,7 @@ T = TypeVar("T")
 CallName: TypeAlias = Literal[
     "open", "acquire", "renew", "release", "apply", "purge", "snapshot",
     "head", "messages", "switches", "document", "documents", "collections", "sessions",
-    "outcome", "quarantine", "lease", "journal",
+    "outcome", "outcomes", "quarantine", "lease", "journal",
 ]  # fmt: skip
 """The calls of a storage: `open` is entering what its factory gave, `snapshot` entering a snapshot."""
 

@@ -126,6 +126,9 @@ class _FaultySnapshot:
     async def outcome(self, scope: str, key: str) -> OutcomeRow | None:
         return await self._faults.call("outcome", lambda: self._inner.outcome(scope, key))
 
+    async def outcomes(self, *, after: tuple[str, str] | None = None, limit: int) -> Sequence[OutcomeRow]:
+        return await self._faults.call("outcomes", lambda: self._inner.outcomes(after=after, limit=limit))
+
     async def quarantine(self, *, after: int = 0, limit: int) -> Sequence[QuarantineRow]:
         return await self._faults.call("quarantine", lambda: self._inner.quarantine(after=after, limit=limit))
 

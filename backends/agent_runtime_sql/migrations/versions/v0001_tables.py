@@ -4,6 +4,7 @@ from alembic import op
 from sqlalchemy import (
     BigInteger,
     Column,
+    DateTime,
     Float,
     ForeignKey,
     Integer,
@@ -12,17 +13,19 @@ from sqlalchemy import (
     Text,
     text,
 )
+from sqlalchemy.dialects import postgresql
 
 revision = "0001"
 down_revision = None
 
-TIME = Text()
-JSON = Text()
+TIME = Text().with_variant(DateTime(timezone=True), "postgresql")
+JSON = Text().with_variant(postgresql.JSON(), "postgresql")
+LABEL = Text().with_variant(Text(collation="C"), "postgresql")
 UNDELETED = text("deleted_at IS NULL")
 
 
 def _incarnation() -> Column[str]:
-    return Column("incarnation", Text, ForeignKey("sessions.incarnation"), nullable=False)
+    return Column("incarnation", LABEL, ForeignKey("sessions.incarnation"), nullable=False)
 
 
 def upgrade() -> None:
@@ -31,7 +34,7 @@ def upgrade() -> None:
         Column("partition", Integer, nullable=False, autoincrement=False),
         Column("database_id", Text, nullable=False),
         Column("epoch", BigInteger, nullable=False),
-        Column("journal_id", Text),
+        Column("journal_id", LABEL),
         Column("sequence", BigInteger, nullable=False),
         Column("holder", Text),
         Column("host", Text),
@@ -48,7 +51,7 @@ def upgrade() -> None:
     op.create_table(
         "journals",
         Column("partition", Integer, nullable=False, autoincrement=False),
-        Column("journal_id", Text, nullable=False),
+        Column("journal_id", LABEL, nullable=False),
         Column("generation", BigInteger, nullable=False),
         Column("previous_generation", BigInteger, nullable=False),
         Column("sequence", BigInteger, nullable=False),
@@ -56,10 +59,10 @@ def upgrade() -> None:
     )
     op.create_table(
         "sessions",
-        Column("incarnation", Text, nullable=False),
+        Column("incarnation", LABEL, nullable=False),
         Column("partition", Integer, nullable=False),
-        Column("session_id", Text, nullable=False),
-        Column("user_id", Text),
+        Column("session_id", LABEL, nullable=False),
+        Column("user_id", LABEL),
         Column("title", Text),
         Column("description", Text),
         Column("metadata", JSON, nullable=False),
@@ -120,8 +123,8 @@ def upgrade() -> None:
     op.create_table(
         "documents",
         _incarnation(),
-        Column("collection", Text, nullable=False),
-        Column("key", Text, nullable=False),
+        Column("collection", LABEL, nullable=False),
+        Column("key", LABEL, nullable=False),
         Column("value", JSON),
         Column("data", LargeBinary),
         Column("media_type", Text),
@@ -131,8 +134,8 @@ def upgrade() -> None:
     op.create_table(
         "outcomes",
         Column("partition", Integer, nullable=False, autoincrement=False),
-        Column("scope", Text, nullable=False),
-        Column("key", Text, nullable=False),
+        Column("scope", LABEL, nullable=False),
+        Column("key", LABEL, nullable=False),
         Column("route", Text, nullable=False),
         Column("body_hash", Text, nullable=False),
         Column("outcome", JSON, nullable=False),
@@ -146,8 +149,8 @@ def upgrade() -> None:
         "quarantine",
         Column("partition", Integer, nullable=False, autoincrement=False),
         Column("sequence", BigInteger, nullable=False, autoincrement=False),
-        Column("session_id", Text, nullable=False),
-        Column("incarnation", Text, nullable=False),
+        Column("session_id", LABEL, nullable=False),
+        Column("incarnation", LABEL, nullable=False),
         Column("state", Text, nullable=False),
         Column("error", Text, nullable=False),
         Column("change", LargeBinary, nullable=False),
@@ -157,7 +160,7 @@ def upgrade() -> None:
     op.create_table(
         "purges",
         Column("partition", Integer, nullable=False, autoincrement=False),
-        Column("incarnation", Text, nullable=False),
+        Column("incarnation", LABEL, nullable=False),
         Column("floor", BigInteger),
         PrimaryKeyConstraint("partition", "incarnation"),
     )

@@ -1,0 +1,170 @@
+"""The server: the connections to it, the loop they live on, and transactions on both.
+
+Nothing is left in a connection between transactions, so that it may be PgBouncer's, which lends out another one for
+each (pool_mode = transaction): statements are unnamed, settings are SET LOCAL, locks end with their transaction. The
+settings go along with BEGIN, in one message. It is the pool's pre-ping at the same time: a connection that turns out
+dead there is replaced, as nothing was done on it yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar, TypeVarTuple
+
+import asyncpg
+
+from agent_runtime.bridge import AsyncioBridge
+from agent_runtime.errors import StorageUnavailable
+from agent_runtime.storage import PoolFigures
+
+from .errors import is_lost, translated
+from .pool import Connection, Driver, Pool
+from .settings import Settings
+from .transaction import PostgresqlTransaction
+
+__all__ = ["Database", "connect"]
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+logger: Final = logging.getLogger(__name__)
+
+_CLEANUP_TIMEOUT_S: Final = 5.0
+_CLIENT_MARGIN_S: Final = 5.0
+_LEASE_PART: Final = 0.5
+_LEAST_TIMEOUT_S: Final = 1.0
+
+
+async def connect(settings: Settings) -> Driver:
+    """A new connection."""
+    return await asyncpg.connect(
+        settings.dsn,
+        timeout=settings.connect_timeout_s,
+        # The server ends a statement first; this is for a server that has fallen silent.
+        command_timeout=settings.statement_timeout_s + _CLIENT_MARGIN_S,
+        statement_cache_size=0,
+        server_settings={"application_name": settings.application_name},
+    )
+
+
+class Database:
+    """The pool. `name` is for messages, `readers_max` how many connections read."""
+
+    def __init__(self, bridge: AsyncioBridge, settings: Settings) -> None:
+        self.name: Final = settings.name
+        self.settings: Final = settings
+        self.readers_max: Final = settings.pool_size - 1
+        self._bridge = bridge
+        self._pool = Pool(functools.partial(connect, settings), settings.pool_size)
+        self._lease_s: float | None = None
+        self._closed = False
+
+    async def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+        """Await `function(*args)` on the loop of the connections, its errors translated."""
+        if self._closed:
+            raise StorageUnavailable(f"{self.name} is closed")
+        return await self._bridge.run(self._translated, function, args)
+
+    async def _translated(self, function: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
+        with translated(self.name):
+            return await function(*args)
+
+    def heed_lease(self, duration_s: float) -> None:
+        """Keep what a hanging writer may hold others up for below the duration of its lease."""
+        self._lease_s = duration_s
+
+    def begin_writing(self) -> str:
+        """BEGIN for a transaction that writes, and its settings."""
+        settings = self.settings
+        longest_s = float("inf") if self._lease_s is None else max(self._lease_s * _LEASE_PART, _LEAST_TIMEOUT_S)
+        return (
+            self._begin(
+                "READ COMMITTED",
+                statement_timeout=settings.statement_timeout_s,
+                lock_timeout=min(settings.lock_timeout_s, longest_s),
+                idle_in_transaction_session_timeout=min(settings.idle_in_transaction_timeout_s, longest_s),
+            )
+            + "; SET LOCAL synchronous_commit = on"
+        )
+
+    def begin_reading(self) -> str:
+        """BEGIN for a transaction that sees one moment."""
+        return self._begin(
+            "REPEATABLE READ, READ ONLY",
+            statement_timeout=self.settings.statement_timeout_s,
+            idle_in_transaction_session_timeout=self.settings.snapshot_timeout_s,
+        )
+
+    def _begin(self, mode: str, **timeouts_s: float) -> str:
+        statements = [f"BEGIN ISOLATION LEVEL {mode}"]
+        statements += [f"SET LOCAL {name} = {max(1, round(value * 1000))}" for name, value in timeouts_s.items()]
+        if self.settings.schema is not None:
+            statements.append(f'SET LOCAL search_path = "{self.settings.schema}"')
+        return "; ".join(statements)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[PostgresqlTransaction]:
+        """A transaction that writes, for functions that `run` runs: committed at the end, undone by an error.
+
+        A cancellation before the commit undoes it too; one during the commit waits for its end.
+        """
+        connection = await self.begun(self.begin_writing())
+        try:
+            yield PostgresqlTransaction(connection)
+            await _whole(connection.driver.execute("COMMIT"))
+        finally:
+            await self.give_back(connection)
+
+    async def begun(self, begin: str) -> Connection:
+        """A connection of the pool in a new transaction. To be given back."""
+        for left in reversed(range(self.settings.pool_size + 1)):
+            connection = await self._pool.take()
+            try:
+                await connection.driver.execute(begin, timeout=self.settings.connect_timeout_s)
+            except BaseException as exc:
+                lost = is_lost(exc)
+                if lost:
+                    connection.drop()
+                await self.give_back(connection)
+                if not lost or not left:
+                    raise
+            else:
+                return connection
+        raise StorageUnavailable(f"{self.name} ends every connection at once")
+
+    async def give_back(self, connection: Connection) -> None:
+        """Undo the transaction, if it is not committed, and put the connection back; drop it if that fails.
+
+        It waits for what a cancellation has left running: the driver has asked the server to end it.
+        """
+        try:
+            if connection.driver.is_in_transaction():
+                await _whole(connection.driver.execute("ROLLBACK", timeout=_CLEANUP_TIMEOUT_S))
+        except Exception as exc:  # noqa: BLE001 - what counts has failed or succeeded before
+            logger.debug("a connection to %s is dropped: %s", self.name, type(exc).__name__)
+            connection.drop()
+        finally:
+            self._pool.put(connection)
+
+    def figures(self) -> PoolFigures:
+        """The pool as it is."""
+        return PoolFigures(size=self._pool.size, in_use=self._pool.in_use)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if not self._closed:
+            self._closed = True
+            await self._bridge.run(self._pool.close)
+
+
+async def _whole(part: Coroutine[Any, Any, object]) -> None:
+    """Await `part` to its end, also when cancelled."""
+    task = asyncio.create_task(part)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

@@ -1,0 +1,104 @@
+"""Connections that wait for their next transaction; and the statements that each has run, as the server described them.
+
+The driver has a pool of its own, but forgets with every turn what it knows of a statement, and asks again. Here a
+statement is described once a connection. It stays unnamed all the same: its text goes along with its parameters, in one
+message, each time, so that the server keeps nothing of it, nor PgBouncer needs to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
+
+import asyncpg
+
+__all__ = ["Connection", "Driver", "Pool"]
+
+Driver: TypeAlias = Any
+"""A connection of asyncpg, which has no types."""
+
+_IDLE_S: Final = 300.0
+"""After so long unused, a connection is not trusted any more: something on the way may have forgotten it."""
+_CLOSE_TIMEOUT_S: Final = 5.0
+
+
+class Connection:
+    """A connection and its statements."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver: Final = driver
+        self.idle_since = 0.0
+        self._described: dict[str, Any] = {}
+
+    async def fetch(self, sql: str, values: list[Any]) -> list[Any]:
+        """The rows that a statement finds."""
+        rows: list[Any] = await (await self._statement(sql)).fetch(*values)
+        return rows
+
+    async def change(self, sql: str, values: list[Any]) -> int:
+        """Run a statement; the number of rows that it changed."""
+        statement = await self._statement(sql)
+        await statement.fetch(*values)
+        tag: str = statement.get_statusmsg()  # as in `INSERT 0 7`
+        return int(tag.rpartition(" ")[2])
+
+    async def _statement(self, sql: str) -> Any:
+        found = self._described.get(sql)
+        if found is None:
+            found = self._described[sql] = await self.driver.prepare(sql, name="")
+        return found
+
+    def drop(self) -> None:
+        """Close it without a word to the server."""
+        self.driver.terminate()
+
+
+class Pool:
+    """`size` is how many connections its users take at most at a time; they see to that themselves."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Driver]], size: int) -> None:
+        self.size: Final = size
+        self.in_use = 0
+        self._connect = connect
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    async def take(self) -> Connection:
+        """The connection that was used last, or a new one. To be put back."""
+        self.in_use += 1
+        try:
+            while self._idle:
+                connection = self._idle.pop()
+                if not connection.driver.is_closed() and time.monotonic() < connection.idle_since + _IDLE_S:
+                    return connection
+                connection.drop()
+            return Connection(await self._connect())
+        except BaseException:
+            self.in_use -= 1
+            raise
+
+    def put(self, connection: Connection) -> None:
+        """Give a connection back, closed or outside of any transaction."""
+        self.in_use -= 1
+        if self._closed:
+            connection.drop()
+        elif not connection.driver.is_closed():
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+
+    async def close(self) -> None:
+        """Take leave of the server; connections in use are closed when they are put back."""
+        self._closed = True
+        idle, self._idle = self._idle, []
+        await asyncio.gather(*map(_close, idle))
+
+
+async def _close(connection: Connection) -> None:
+    try:
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            await connection.driver.close(timeout=_CLOSE_TIMEOUT_S)
+    finally:
+        connection.drop()

@@ -1,0 +1,84 @@
+"""Reading: a snapshot is a transaction that only reads, at the isolation level REPEATABLE READ.
+
+Its view is fixed by its first statement after BEGIN. Here that is the one that reads the sequence, so the watermark is
+exactly that of the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+import anyio
+
+from agent_runtime.errors import StorageUnavailable
+from agent_runtime_sql.snapshot import SqlSnapshot, read_watermark
+from agent_runtime_sql.transaction import Transaction
+
+from .database import Database
+from .lease import SELECT_LEASE, remaining_s
+from .pool import Connection
+from .transaction import PostgresqlTransaction
+
+__all__ = ["Readers"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class _View:
+    """The transaction of one snapshot. A read that fails or is cancelled ends it; it is of no use after it.
+
+    It keeps the connection itself: should the caller be cancelled while `open` returns, `close` still gives it back.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: Connection | None = None
+
+    async def open(self, partition: int) -> int:
+        """Take a connection, fix the view; the watermark."""
+        return await self._database.run(self._open, partition)
+
+    async def _open(self, partition: int) -> int:
+        self._connection = await self._database.begun(self._database.begin_reading())
+        return await read_watermark(PostgresqlTransaction(self._connection), partition)
+
+    async def call(
+        self, function: Callable[Concatenate[Transaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        connection = self._connection
+        if connection is None:
+            raise StorageUnavailable(f"a snapshot of {self._database.name} is used after it was closed")
+
+        async def read() -> T:
+            return await function(PostgresqlTransaction(connection), *args, **kwargs)
+
+        return await self._database.run(read)
+
+    async def close(self) -> None:
+        """Give the connection back."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await self._database.run(self._database.give_back, connection)
+
+
+class Readers:
+    """Lends the connections that read, one a snapshot."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._free = anyio.Semaphore(database.readers_max, fast_acquire=True)
+
+    @asynccontextmanager
+    async def snapshot(self, partition: int) -> AsyncIterator[SqlSnapshot]:
+        """Wait for a free connection, and fix a view."""
+        async with self._free:
+            view = _View(self._database)
+            try:
+                watermark = await view.open(partition)
+                yield SqlSnapshot(view.call, partition, watermark, lease=SELECT_LEASE, remaining=remaining_s)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await view.close()

@@ -1,0 +1,145 @@
+"""Statements, compiled once, on the driver's connection; a transaction of them, for what SQL backends share.
+
+The driver is used directly, below SQLAlchemy's engine: its array parameters take all rows of a field in one statement,
+and its values need no conversion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC
+from functools import cache
+from itertools import islice
+from operator import attrgetter, itemgetter
+from typing import Any, Final
+
+from sqlalchemy import ClauseElement, Dialect, Select, Table, Text, column, func, select
+from sqlalchemy import bindparam as parameter
+from sqlalchemy.dialects.postgresql import ARRAY, asyncpg
+from sqlalchemy.dialects.postgresql import insert as insert_into
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.dml import UpdateBase
+from sqlalchemy.types import TypeEngine
+
+from agent_runtime_sql.rows import NAMED
+from agent_runtime_sql.tables import UtcTime
+from agent_runtime_sql.writes import Columns, Write, batch_writes
+
+from .errors import rejecting
+from .pool import Connection, Driver
+
+__all__ = ["WRITES", "PostgresqlTransaction", "insert"]
+
+_DIALECT: Final[Dialect] = asyncpg.dialect()  # type: ignore[no-untyped-call]
+_PIECE_ROWS: Final = 200
+
+
+def insert(table: Table, values: Columns) -> Any:
+    """The statement that inserts a row of these values; without any, the one that conflict clauses are put on."""
+    statement = insert_into(table)
+    return statement.from_select(list(values), select(*values.values())) if values else statement
+
+
+def _given(table: Table, names: Sequence[str]) -> Columns:
+    """One statement for all items: the columns of arrays, unnested."""
+    arrays = (parameter(name, type_=ARRAY(_element(table.c[name].type))) for name in names)
+    columns = (column(name, table.c[name].type) for name in names)
+    return dict(func.unnest(*arrays).table_valued(*columns).render_derived().c)
+
+
+def _element(kind: TypeEngine[Any]) -> TypeEngine[Any]:
+    """The type of a column, for the elements of an array: a collation is the column's affair."""
+    own = kind.dialect_impl(_DIALECT)
+    return Text() if isinstance(own, Text) else own
+
+
+WRITES: Final = batch_writes(insert, _given)
+
+
+class _Compiled:
+    """A statement's text, and its parameters in order."""
+
+    def __init__(self, statement: ClauseElement) -> None:
+        compiled = statement.compile(dialect=_DIALECT)
+        if not isinstance(compiled, SQLCompiler) or compiled.positiontup is None:
+            raise TypeError("a statement was expected")
+        self.sql: Final = str(compiled)
+        self.names: Final[Sequence[str]] = tuple(compiled.positiontup)
+        self._fixed = {name: compiled.binds[name].value for name in self.names if not compiled.binds[name].required}
+        found = statement.selected_columns if isinstance(statement, Select) else ()
+        self.times: Final = [place for place, item in enumerate(found) if isinstance(item.type, UtcTime)]
+
+    def values(self, parameters: Mapping[str, Any]) -> list[Any]:
+        found = {**self._fixed, **parameters}
+        return [found[name] for name in self.names]
+
+
+@cache
+def _compiled(statement: ClauseElement) -> _Compiled:
+    return _Compiled(statement)
+
+
+class PostgresqlTransaction:
+    """See `agent_runtime_sql.transaction.Transaction`. Statements are module constants: each is compiled once."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def driver(self) -> Driver:
+        """The connection below."""
+        return self._connection.driver
+
+    async def fetch(self, statement: Select[Any], parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        compiled = _compiled(statement)
+        rows = await self._connection.fetch(compiled.sql, compiled.values(parameters))
+        for place in compiled.times:
+            _make_aware(rows, place)
+        return rows
+
+    async def change(self, statement: UpdateBase, parameters: Mapping[str, Any]) -> int:
+        compiled = _compiled(statement)
+        return await self._connection.change(compiled.sql, compiled.values(parameters))
+
+    async def write(self, field: str, write: Write, items: Sequence[Any], constants: Mapping[str, Any]) -> int:
+        compiled = _compiled(write.statement)
+        names = [name for name in compiled.names if name not in constants]
+        arrays = await _arrays(field, items, names)
+        values = {name: constants[name] for name in compiled.names if name in constants} | arrays
+        with rejecting(field):
+            return await self._connection.change(compiled.sql, compiled.values(values))
+
+
+def _make_aware(rows: list[Sequence[Any]], place: int) -> None:
+    """The driver takes the first and the last moment of Python for infinities, and gives those back without a zone."""
+    for number, row in enumerate(rows):
+        time = row[place]
+        if time is not None and time.tzinfo is None:
+            values = list(row)
+            values[place] = time.replace(tzinfo=UTC)
+            rows[number] = values
+
+
+async def _arrays(field: str, items: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:
+    """The items' values by column, made in pieces between which the event loop is free."""
+    row = _row_getter(field, names)
+    arrays: list[list[Any]] = [[] for _ in names]
+    source = iter(items)
+    while piece := list(islice(source, _PIECE_ROWS)):
+        for array, values in zip(arrays, zip(*map(row, piece), strict=True), strict=True):
+            array.extend(values)
+        await asyncio.sleep(0)
+    return dict(zip(names, arrays, strict=True))
+
+
+def _row_getter(field: str, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    named = NAMED.get(field)
+    if named is not None:
+        return lambda item: _tuple(itemgetter(*names)(named(item)), names)
+    getter = attrgetter(*names)
+    return getter if len(names) > 1 else lambda item: (getter(item),)
+
+
+def _tuple(values: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    return values if len(names) > 1 else (values,)

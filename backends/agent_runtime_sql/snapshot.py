@@ -1,0 +1,172 @@
+"""Every read there is, on a transaction whose view does not change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+
+import msgspec
+from sqlalchemy import Select
+
+from agent_runtime.errors import StorageFatal
+from agent_runtime.records import Order
+from agent_runtime.rows import (
+    ContextRow,
+    DocumentRow,
+    MessageRow,
+    OutcomeRow,
+    QuarantineRow,
+    SessionRow,
+    SwitchRow,
+)
+from agent_runtime.storage import HeadRows, JournalRow, LeaseRow, SessionKey
+
+from .apply import partition_row
+from .leases import Remaining, lease_row
+from .reads import (
+    SELECT_COLLECTIONS,
+    SELECT_DOCUMENT,
+    SELECT_DOCUMENTS,
+    SELECT_HEAD,
+    SELECT_JOURNAL,
+    SELECT_NEWEST_OUTCOMES,
+    SELECT_OUTCOME,
+    SELECT_QUARANTINE,
+    SELECT_SEQUENCE,
+    SELECT_SWITCHES,
+    select_messages,
+    select_outcomes,
+    select_sessions,
+)
+from .rows import struct_of
+from .transaction import Transaction
+from .writes import SEQ_MAX
+
+__all__ = ["Call", "SqlSnapshot", "read_watermark"]
+
+Item = TypeVar("Item", bound=msgspec.Struct)
+T = TypeVar("T")
+P = ParamSpec("P")
+_PIECE_ROWS: Final = 200
+_SESSION_COLUMNS: Final = len(SessionRow.__struct_fields__)
+
+
+class Call(Protocol):
+    """How a backend runs a function on the loop of its connections, with the transaction of one snapshot."""
+
+    async def __call__(
+        self, function: Callable[Concatenate[Transaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Await `function(transaction, *args)`; raises StorageError when the snapshot is closed, or it fails."""
+
+
+async def read_watermark(transaction: Transaction, partition: int) -> int:
+    """The sequence that the partition stands at: the first thing to read, as it fixes the view."""
+    rows = await transaction.fetch(SELECT_SEQUENCE, {"partition": partition})
+    return rows[0][0] if rows else 0
+
+
+class SqlSnapshot:
+    """See `agent_runtime.storage.Snapshot`. Each read is one call on the connection's loop.
+
+    `lease` selects the partition's row for `remaining`.
+    """
+
+    def __init__(self, call: Call, partition: int, watermark: int, *, lease: Select[Any], remaining: Remaining) -> None:
+        self._call = call
+        self._partition = partition
+        self._watermark = watermark
+        self._lease = lease
+        self._remaining = remaining
+
+    @property
+    def watermark(self) -> int:
+        return self._watermark
+
+    async def head(self, session_id: str, *, outcomes_max: int) -> HeadRows | None:
+        return await self._call(_head, self._partition, session_id, outcomes_max)
+
+    async def messages(
+        self, incarnation: str, *, after: int = 0, before: int | None = None, limit: int, order: Order = "asc"
+    ) -> Sequence[MessageRow]:
+        bounds = {"after": after, "before": SEQ_MAX if before is None else before, "limit": limit}
+        return await self._rows(MessageRow, select_messages(order), incarnation=incarnation, **bounds)
+
+    async def switches(self, incarnation: str) -> Sequence[SwitchRow]:
+        return await self._rows(SwitchRow, SELECT_SWITCHES, incarnation=incarnation)
+
+    async def document(self, incarnation: str, collection: str, key: str) -> DocumentRow | None:
+        return _single(
+            await self._rows(DocumentRow, SELECT_DOCUMENT, incarnation=incarnation, collection=collection, key=key)
+        )
+
+    async def documents(
+        self, incarnation: str, collection: str, *, after: str = "", limit: int
+    ) -> Sequence[DocumentRow]:
+        place = {"incarnation": incarnation, "collection": collection, "after": after}
+        return await self._rows(DocumentRow, SELECT_DOCUMENTS, limit=limit, **place)
+
+    async def collections(self, incarnation: str) -> Sequence[str]:
+        return await self._call(_collections, self._partition, incarnation)
+
+    async def sessions(
+        self, *, user_id: str | None = None, after: SessionKey | None = None, limit: int, order: Order = "asc"
+    ) -> Sequence[SessionRow]:
+        statement = select_sessions(order, of_user=user_id is not None, behind=after is not None)
+        place = msgspec.structs.asdict(after) if after else {}
+        return await self._rows(SessionRow, statement, user_id=user_id, limit=limit, **place)
+
+    async def outcome(self, scope: str, key: str) -> OutcomeRow | None:
+        return _single(await self._rows(OutcomeRow, SELECT_OUTCOME, scope=scope, key=key))
+
+    async def outcomes(self, *, after: tuple[str, str] | None = None, limit: int) -> Sequence[OutcomeRow]:
+        place = {} if after is None else {"scope": after[0], "key": after[1]}
+        return await self._rows(OutcomeRow, select_outcomes(behind=after is not None), limit=limit, **place)
+
+    async def quarantine(self, *, after: int = 0, limit: int) -> Sequence[QuarantineRow]:
+        return await self._rows(QuarantineRow, SELECT_QUARANTINE, after=after, limit=limit)
+
+    async def journal(self, journal_id: str) -> JournalRow | None:
+        return _single(await self._rows(JournalRow, SELECT_JOURNAL, journal_id=journal_id))
+
+    async def lease(self) -> LeaseRow | None:
+        row = await self._call(partition_row, self._partition, self._lease)
+        return None if row is None else lease_row(row, self._remaining)
+
+    async def _rows(self, kind: type[Item], statement: Select[Any], **parameters: Any) -> list[Item]:
+        return await self._call(_rows, kind, statement, {"partition": self._partition, **parameters})
+
+
+async def _rows(
+    transaction: Transaction, kind: type[Item], statement: Select[Any], parameters: Mapping[str, Any]
+) -> list[Item]:
+    found = await transaction.fetch(statement, parameters)
+    rows: list[Item] = []
+    for start in range(0, len(found), _PIECE_ROWS):
+        rows.extend(struct_of(kind, row) for row in found[start : start + _PIECE_ROWS])
+        await asyncio.sleep(0)
+    return rows
+
+
+async def _head(transaction: Transaction, partition: int, session_id: str, outcomes_max: int) -> HeadRows | None:
+    found = await transaction.fetch(SELECT_HEAD, {"partition": partition, "session_id": session_id})
+    if not found:
+        return None
+    values = tuple(found[0])
+    session = struct_of(SessionRow, values[:_SESSION_COLUMNS])
+    if values[_SESSION_COLUMNS] is None:
+        raise StorageFatal(f"the database is damaged: the session {session_id!r} has no context")
+    newest = {"partition": partition, "scope": session.incarnation, "now": datetime.now(UTC), "limit": outcomes_max}
+    outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, newest)
+    return HeadRows(session=session, context=struct_of(ContextRow, values[_SESSION_COLUMNS:]), outcomes=outcomes)
+
+
+async def _collections(transaction: Transaction, partition: int, incarnation: str) -> list[str]:
+    parameters = {"partition": partition, "incarnation": incarnation}
+    return [collection for (collection,) in await transaction.fetch(SELECT_COLLECTIONS, parameters)]
+
+
+def _single(rows: Sequence[Item]) -> Item | None:
+    return rows[0] if rows else None

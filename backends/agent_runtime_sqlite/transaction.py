@@ -1,0 +1,63 @@
+"""A transaction on SQLAlchemy's connection, for the functions that SQL backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Final
+
+from sqlalchemy import Select, Table
+from sqlalchemy import bindparam as parameter
+from sqlalchemy.dialects.sqlite import insert as insert_into
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import UpdateBase
+
+from agent_runtime_sql.rows import NAMED
+from agent_runtime_sql.writes import Columns, Write, batch_writes
+
+from .errors import rejecting
+from .prepared import Prepared
+
+__all__ = ["WRITES", "SqliteTransaction", "insert"]
+
+
+def insert(table: Table, values: Columns) -> Any:
+    """The statement that inserts a row of these values; without any, the one that conflict clauses are put on."""
+    statement = insert_into(table)
+    return statement.values(dict(values)) if values else statement
+
+
+def _given(table: Table, names: Sequence[str]) -> Columns:
+    """A statement is run for each item, whose values are its parameters."""
+    return {name: parameter(name, type_=table.c[name].type) for name in names}
+
+
+WRITES: Final = batch_writes(insert, _given)
+
+
+@cache
+def _prepared(statement: UpdateBase) -> Prepared:
+    return Prepared(statement)
+
+
+@cache
+def _prepared_for(field: str, statement: UpdateBase) -> Prepared:
+    return Prepared(statement, NAMED.get(field))
+
+
+class SqliteTransaction:
+    """See `agent_runtime_sql.transaction.Transaction`. Statements are module constants: each is compiled once."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self.connection: Final = connection
+
+    async def fetch(self, statement: Select[Any], parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        found = await self.connection.execute(statement, parameters)
+        return list(found)
+
+    async def change(self, statement: UpdateBase, parameters: Mapping[str, Any]) -> int:
+        return await _prepared(statement).run(self.connection, [parameters], {})
+
+    async def write(self, field: str, write: Write, items: Sequence[Any], constants: Mapping[str, Any]) -> int:
+        with rejecting(field):
+            return await _prepared_for(field, write.statement).run(self.connection, items, constants)

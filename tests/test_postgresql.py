@@ -1,0 +1,488 @@
+"""PostgreSQL: settings of its transactions, errors by class, connections that are cut, calls that are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from agent_runtime.changes import Details
+from agent_runtime.errors import (
+    ChangeRejected,
+    SequenceMismatch,
+    StorageError,
+    StorageFatal,
+    StorageUnavailable,
+)
+from agent_runtime.storage import Storage, StorageConfig
+from agent_runtime.testing.kit import Opener
+from agent_runtime.testing.kit.dump import dump
+from agent_runtime.testing.kit.writer import Writer, claim, context_row, message_row, session_row, writing
+from agent_runtime_postgresql import open_postgresql
+from agent_runtime_postgresql.errors import rejecting, translated
+from agent_runtime_postgresql.storage import PostgresqlStorage, open_storage
+from agent_runtime_postgresql.transaction import PostgresqlTransaction
+from agent_runtime_sql import snapshot
+from postgres_proxy import proxied
+from postgres_server import migrated_schema, new_schema, server, url_of
+
+pytestmark = pytest.mark.anyio
+
+SECRET = "what somebody said"
+SLOW = text("SELECT pg_sleep(60)")
+
+
+@pytest.fixture
+def schema() -> str:
+    return migrated_schema()
+
+
+def opener_of(schema: str, **options: Any) -> Opener:
+    """Connections call themselves like their schema."""
+    config = StorageConfig(url=url_of(schema), options={"application_name": schema, **options})
+    return lambda: open_postgresql(config)
+
+
+@pytest.fixture
+def opener(schema: str) -> Opener:
+    return opener_of(schema)
+
+
+def activity(name: str, state: str = "%") -> list[tuple[Any, ...]]:
+    """What connections of this name do, those apart that do nothing."""
+    return server().rows(
+        "SELECT state, query FROM pg_stat_activity WHERE application_name = $1 AND state LIKE $2 AND state <> 'idle'",
+        name,
+        state,
+    )
+
+
+def end_connections(name: str) -> int:
+    """Have the server end every connection of this name."""
+    ended = server().rows("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", name)
+    return len(ended)
+
+
+async def asked(storage: Storage, question: Callable[[PostgresqlTransaction], Awaitable[Any]]) -> Any:
+    """The answer to a question in a transaction of the writer."""
+    assert isinstance(storage, PostgresqlStorage)
+    return await storage._writer.run(question)
+
+
+# Settings
+
+
+async def settings_of(transaction: PostgresqlTransaction) -> dict[str, str]:
+    names = ("synchronous_commit", "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    row = await transaction.driver.fetchrow(
+        "SELECT " + ", ".join(f"current_setting('{name}') AS {name}" for name in names)
+    )
+    return dict(row)
+
+
+async def test_settings_of_transactions_that_write(schema: str) -> None:
+    """Whatever the user's own are; and below the duration of the lease."""
+    url = url_of(schema, options="-c%20synchronous_commit%3Doff%20-c%20lock_timeout%3D0")
+    async with open_storage(StorageConfig(url=url, options={"statement_timeout_s": 7.0})) as storage:
+        expected = {"synchronous_commit": "on", "statement_timeout": "7s"}
+        assert await asked(storage, settings_of) == expected | {
+            "lock_timeout": "4s",
+            "idle_in_transaction_session_timeout": "4s",
+        }
+        await storage.leases.acquire(claim(duration_s=3.0))
+        assert await asked(storage, settings_of) == expected | {
+            "lock_timeout": "1500ms",
+            "idle_in_transaction_session_timeout": "1500ms",
+        }
+
+
+async def test_nothing_stays_in_a_connection(opener: Opener) -> None:
+    """So that PgBouncer may lend it to somebody else after each transaction."""
+    left = "SELECT (SELECT count(*) FROM pg_prepared_statements), current_setting('lock_timeout'), current_schema()"
+    async with writing(opener) as writer:
+        for number in range(3):
+            await writer.create(f"session {number}", messages=2)
+            await dump(writer.storage)
+        assert isinstance(writer.storage, PostgresqlStorage)
+        database = writer.storage._database
+
+        async def look() -> list[tuple[Any, ...]]:
+            idle = list(database._pool._idle)
+            return [tuple(await connection.driver.fetchrow(left)) for connection in idle]
+
+        found = await database.run(look)
+        assert found == [(0, "0", "public")] * len(found)
+        assert found
+
+
+async def test_json_is_kept_to_the_letter_and_can_be_asked(schema: str, opener: Opener) -> None:
+    written = '{"b": 1e2, "a":\t[1.0, 100000000000000000001], "a": null, "u": "\\u00e9é"}'
+    async with writing(opener) as writer:
+        await writer.create("a", metadata=written)
+        async with writer.storage.snapshot() as view:
+            assert (await view.sessions(limit=1))[0].metadata == written
+    assert server().rows("SELECT metadata ->> 'b', metadata -> 'a' FROM sessions", schema=schema) == [("1e2", "null")]
+
+
+# Errors
+
+
+async def test_data_that_is_refused(schema: str, opener: Opener) -> None:
+    server().execute(
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN RAISE EXCEPTION ''refused: %'', NEW.content; END';
+        CREATE TRIGGER refuse BEFORE INSERT ON messages FOR EACH ROW WHEN (NEW.role = 'tool') EXECUTE FUNCTION refuse();
+        ALTER TABLE messages ADD CONSTRAINT short CHECK (length(content) < 100)
+        """,
+        schema=schema,
+    )
+    bad: dict[str, dict[str, Any]] = {
+        "a trigger's veto": {"messages": (message_row("a", 2, role="tool", content=SECRET),)},
+        "a check": {"messages": (message_row("a", 2, content=SECRET * 10),)},
+        "a NUL": {"messages": (message_row("a", 2, content=f"{SECRET}\0"),)},
+        "a lone surrogate": {"messages": (message_row("a", 2, content=f"{SECRET}\ud800"),)},
+        "more than 64 bits": {"messages": (message_row("a", 2, token_count=2**63),)},
+        "no JSON": {"messages": (message_row("a", 2, parts=SECRET),)},
+        "another type": {"messages": (message_row("a", 2, content=5),)},
+        "twice": {"messages": (message_row("a", 1, content=SECRET),)},
+        "null": {"edited": (("a", Details("title", None, None)),)},  # type: ignore[arg-type]
+        "too large for an index": {"created": (session_row("b", session_id="".join(map(chr, range(40_000, 50_000)))),)},
+    }
+    async with writing(opener) as writer:
+        await writer.create("a", messages=1)
+        for reason, rows in bad.items():
+            with pytest.raises(ChangeRejected) as caught:
+                await writer.apply(**rows)
+            shown = "".join(traceback.format_exception(caught.value))
+            assert SECRET not in shown, reason
+            assert "the database refuses a row of" in str(caught.value), reason
+        await writer.apply(messages=(message_row("a", 2),))
+
+
+async def test_tables_that_were_changed_by_hand(schema: str, opener: Opener) -> None:
+    async with writing(opener) as writer:
+        await writer.create("a")
+        server().execute("ALTER TABLE messages RENAME TO gone", schema=schema)
+        with pytest.raises(StorageFatal, match="has not the tables of agent-runtime"):
+            await writer.apply(messages=(message_row("a", 1),))
+        async with writer.storage.snapshot() as view:
+            with pytest.raises(StorageFatal):
+                await view.messages("a", limit=1)
+        server().execute("ALTER TABLE gone RENAME TO messages", schema=schema)
+        await writer.apply(messages=(message_row("a", 1),))
+
+
+async def test_a_row_that_somebody_else_has_locked(schema: str) -> None:
+    async with writing(opener_of(schema, lock_timeout_s=0.2)) as writer, opener_of(schema)() as another:
+
+        async def hold(transaction: PostgresqlTransaction) -> None:
+            await transaction.driver.execute("SELECT 1 FROM partitions FOR UPDATE")
+            await asyncio.sleep(0.6)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(asked, another, hold)
+            await anyio.sleep(0.2)
+            with pytest.raises(StorageUnavailable, match="has a row locked by somebody else"):
+                await writer.apply()
+        await writer.apply()
+
+
+async def test_a_statement_that_takes_too_long(schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opener_of(schema, statement_timeout_s=0.1)() as storage:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshot, "SELECT_SWITCHES", SLOW)
+            async with storage.snapshot() as view:
+                with pytest.raises(StorageUnavailable, match="took too long"):
+                    await view.switches("a")
+        async with storage.snapshot() as view:
+            assert not await view.switches("a")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (asyncpg.SerializationError, StorageUnavailable),
+        (asyncpg.DeadlockDetectedError, StorageUnavailable),
+        (asyncpg.ConnectionDoesNotExistError, StorageUnavailable),
+        (asyncpg.AdminShutdownError, StorageUnavailable),
+        (asyncpg.CannotConnectNowError, StorageUnavailable),
+        (asyncpg.TooManyConnectionsError, StorageUnavailable),
+        (asyncpg.DiskFullError, StorageUnavailable),
+        (asyncpg.LockNotAvailableError, StorageUnavailable),
+        (asyncpg.QueryCanceledError, StorageUnavailable),
+        (asyncpg.IdleInTransactionSessionTimeoutError, StorageUnavailable),
+        (asyncpg.ReadOnlySQLTransactionError, StorageUnavailable),
+        (asyncpg.InterfaceError, StorageUnavailable),
+        (asyncpg.InternalClientError, StorageUnavailable),
+        (ConnectionResetError, StorageUnavailable),
+        (TimeoutError, StorageUnavailable),
+        (ZeroDivisionError, StorageUnavailable),
+        (asyncpg.InvalidPasswordError, StorageFatal),
+        (asyncpg.InvalidAuthorizationSpecificationError, StorageFatal),
+        (asyncpg.InvalidCatalogNameError, StorageFatal),
+        (asyncpg.InsufficientPrivilegeError, StorageFatal),
+        (asyncpg.UndefinedColumnError, StorageFatal),
+        (asyncpg.DataCorruptedError, StorageFatal),
+        (ssl.SSLCertVerificationError, StorageFatal),
+        (asyncpg.UniqueViolationError, ChangeRejected),
+        (asyncpg.CheckViolationError, ChangeRejected),
+        (asyncpg.UntranslatableCharacterError, ChangeRejected),
+        (asyncpg.ProgramLimitExceededError, ChangeRejected),
+        (asyncpg.RaiseError, ChangeRejected),
+    ],
+)
+def test_each_error_has_a_class(error: type[Exception], expected: type[StorageError]) -> None:
+    with pytest.raises(StorageError) as caught, translated("the database x"), rejecting("messages"):
+        raise error("message")
+    assert type(caught.value) is expected
+    if expected is ChangeRejected:  # outside of the rows of a batch there is nothing to reject
+        with pytest.raises(StorageUnavailable), translated("the database x"):
+            raise error(SECRET)
+
+
+# Connections that are cut
+
+
+async def test_connections_that_died_while_idle_are_replaced(schema: str, opener: Opener) -> None:
+    async with writing(opener) as writer:
+        await writer.create("a", messages=3)
+        expected = await dump(writer.storage)
+        for _ in range(3):
+            async with writer.storage.snapshot(), writer.storage.snapshot(), writer.storage.snapshot():
+                pass
+            assert end_connections(schema) >= 3
+            assert await dump(writer.storage) == expected
+            await writer.apply()
+            expected = await dump(writer.storage)
+        assert writer.storage.figures().in_use == 0
+
+
+async def test_a_connection_that_is_cut_while_it_reads(schema: str, opener: Opener) -> None:
+    async with writing(opener) as writer:
+        await writer.create("a", messages=3)
+        async with writer.storage.snapshot() as view:
+            end_connections(schema)
+            with pytest.raises(StorageUnavailable):
+                await view.messages("a", limit=1)
+        assert len((await dump(writer.storage)).sessions[0].messages) == 3
+        assert writer.storage.figures().in_use == 0
+
+
+class Log:
+    """Appends to a session as the runtime does: what is unknown is found out, and tried again."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.tries = 0
+        self.stored_unknown = 0
+
+    async def append(self, seq: int) -> None:
+        batch = self.writer.batch(
+            messages=(message_row("a", seq),), touched=(self.writer.touch("a", message_count=seq),)
+        )
+        with anyio.fail_after(30):
+            while True:
+                self.tries += 1
+                try:
+                    await self.writer.storage.apply(batch, self.writer.fence)
+                except StorageUnavailable:
+                    continue
+                except SequenceMismatch as mismatch:
+                    assert mismatch.found == batch.last
+                    self.stored_unknown += 1
+                break
+        self.writer.sequence = batch.last
+
+    async def check(self, count: int) -> None:
+        async with self.writer.storage.snapshot() as view:
+            found = [row.seq for row in await view.messages("a", limit=10_000)]
+            assert found == list(range(1, count + 1))
+            assert view.watermark == self.writer.sequence
+        assert self.writer.storage.figures().in_use == 0
+
+
+def slow_commits(schema: str, seconds: float) -> None:
+    """Have every commit of a message take that long."""
+    server().execute(
+        f"""
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep({seconds}); RETURN NULL; END';
+        CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON messages
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()
+        """,
+        schema=schema,
+    )
+
+
+async def ended_mid_commit(schema: str, opener: Opener, times: int) -> None:
+    slow_commits(schema, 0.005)
+    async with writing(opener) as writer:
+        await writer.create("a")
+        log, ended, done = Log(writer), 0, threading.Event()
+
+        def end_commits() -> None:
+            nonlocal ended
+
+            async def end(connection: Any) -> None:
+                nonlocal ended
+                query = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                    WHERE application_name = $1 AND state = 'active' AND query = 'COMMIT'"""
+                while not done.is_set():
+                    ended += len(await connection.fetch(query, schema))
+
+            server().ask(end)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.to_thread.run_sync, end_commits)
+            seq = 0
+            while ended < times:
+                # Far more are ended than get through; now and then nobody is in the way.
+                seq += 1
+                await log.append(seq)
+            done.set()
+        await log.check(seq)
+
+
+async def test_connections_ended_in_the_middle_of_commits(schema: str, opener: Opener) -> None:
+    await ended_mid_commit(schema, opener, 8)
+
+
+@pytest.mark.long
+async def test_connections_ended_in_the_middle_of_200_commits(schema: str, opener: Opener) -> None:
+    await ended_mid_commit(schema, opener, 200)
+
+
+async def test_commits_that_complete_after_the_reconnect(schema: str) -> None:
+    """The connection breaks on our side; the server goes on with the commit, and only then sees that nobody listens."""
+    slow_commits(schema, 0.3)
+    with proxied(url_of(schema)) as proxy:
+        async with writing(lambda: open_postgresql(StorageConfig(url=proxy.url))) as writer:
+            await writer.create("a")
+            log = Log(writer)
+            for seq in range(1, 4):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(log.append, seq)
+                    await anyio.sleep(0.15)
+                    await anyio.to_thread.run_sync(proxy.cut)
+            await log.check(3)
+            assert log.tries > 3
+            assert log.stored_unknown > 0
+
+
+# Calls that are cancelled
+
+
+async def test_no_query_runs_on_after_it_was_cancelled(
+    schema: str, opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.active_count()
+    async with opener() as storage:
+        with monkeypatch.context() as patch:
+            patch.setattr(snapshot, "SELECT_SWITCHES", SLOW)
+
+            async def read() -> None:
+                async with storage.snapshot() as view:
+                    await view.switches("a")
+
+            started = time.monotonic()
+            for _ in range(3):
+                with anyio.move_on_after(0.15) as scope:
+                    async with anyio.create_task_group() as group:
+                        for _ in range(8):
+                            group.start_soon(read)
+                assert scope.cancelled_caught
+                assert activity(schema) == []
+                assert storage.figures().in_use == 0
+            assert time.monotonic() - started < 20
+        async with storage.snapshot() as view:
+            assert not await view.switches("a")
+    assert threading.active_count() <= threads
+    assert server().rows("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", schema) == [(0,)]
+
+
+async def test_a_batch_that_is_cancelled_is_undone(schema: str, opener: Opener) -> None:
+    server().execute(
+        """
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(60); RETURN NEW; END';
+        CREATE TRIGGER wait BEFORE UPDATE OF title ON sessions FOR EACH ROW EXECUTE FUNCTION wait()
+        """,
+        schema=schema,
+    )
+    async with writing(opener) as writer:
+        await writer.create("a", messages=3)
+        expected = await dump(writer.storage)
+        with anyio.move_on_after(0.2) as scope:
+            await writer.apply(touched=(writer.touch("a"),), edited=(("a", Details("title", None, "{}")),))
+        assert scope.cancelled_caught
+        assert activity(schema) == []
+        assert await dump(writer.storage) == expected
+        await writer.create("b")
+
+
+async def test_a_commit_that_is_cancelled_ends_first(schema: str, opener: Opener) -> None:
+    slow_commits(schema, 0.3)
+    async with writing(opener) as writer:
+        await writer.create("a")
+        batch = writer.batch(messages=(message_row("a", 1),))
+        with anyio.move_on_after(0.15) as scope:
+            await writer.storage.apply(batch, writer.fence)
+        assert scope.cancel_called
+        with pytest.raises(SequenceMismatch):
+            await writer.storage.apply(batch, writer.fence)
+        assert activity(schema) == []
+
+
+# Round trips
+
+
+async def test_a_batch_is_a_statement_for_each_field(schema: str, opener: Opener) -> None:
+    """However many rows it has."""
+    async with writing(opener) as writer:
+        await writer.create("a")
+        executed: list[str] = []
+        assert isinstance(writer.storage, PostgresqlStorage)
+        run = PostgresqlTransaction.write
+
+        async def counted(self: PostgresqlTransaction, field: str, *args: Any) -> int:
+            executed.append(field)
+            return await run(self, field, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PostgresqlTransaction, "write", counted)
+            receipt = await writer.apply(
+                created=tuple(session_row(f"{number}") for number in range(300)),
+                contexts=tuple(context_row(f"{number}") for number in range(300)),
+                messages=tuple(message_row("a", seq) for seq in range(1, 2001)),
+            )
+        assert receipt.rows == 2600
+        assert executed == ["created", "contexts", "messages"]
+        async with writer.storage.snapshot() as view:
+            assert [row.seq for row in await view.messages("a", limit=5000)] == list(range(1, 2001))
+
+
+def test_importing_the_plugin_imports_no_driver() -> None:
+    program = "import sys, agent_runtime_postgresql; print([m for m in ('asyncpg', 'sqlalchemy', 'alembic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+async def test_tables_lie_in_the_users_own_schema_unless_told_otherwise() -> None:
+    name = new_schema()
+    server().execute(f"CREATE ROLE {name} LOGIN; CREATE SCHEMA {name} AUTHORIZATION {name}")
+    try:
+        url = url_of(name).replace("postgres@", f"{name}@").replace(f"schema={name}", "")
+        async with writing(lambda: open_postgresql(StorageConfig(url=url))) as writer:
+            await writer.create("a")
+        assert server().rows("SELECT incarnation FROM sessions", schema=name) == [("a",)]
+    finally:
+        server().execute(f"DROP SCHEMA {name} CASCADE; DROP ROLE {name}")
