@@ -190,7 +190,7 @@ class Log:
             return "stored"
         if self._journal is None:
             return "buffered"
-        return "synced" if sequence <= self.synced else "journaled"
+        return "synced" if self._power_safe and sequence <= self.synced else "journaled"
 
     async def wait(self, sequence: int, level: Durability) -> None:
         """Wait until the change `sequence` has reached a level.

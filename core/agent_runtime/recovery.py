@@ -21,7 +21,7 @@ import msgspec
 from anyio.lowlevel import checkpoint
 
 from .budget import Budget
-from .changes import decode_change
+from .changes import Change, decode_change
 from .errors import JournalCorrupt, StorageUnavailable
 from .journal import Directory, Frame, Gap
 from .lease import LeaseKeeper
@@ -188,12 +188,24 @@ class _Recovery:
         size = min(_CHANGE_BYTES + len(frame.payload), self._budget.bytes_max)
         if not self._budget.admit(size):
             await self._budget.reserve(size)
-        lost = change.previous if change.previous in self._gaps else None
-        broken = None if lost is None else f"change {lost} of its session, before it, was lost by damage to the journal"
+        lost = change.previous in self._gaps or await self._is_loose(change)
+        broken = "a change of its session before it was lost by damage to the journal" if lost else None
         self._log.next = change.sequence
         self._log.accept(change.sequence, frame.payload)
         self._scheduler.add(Pending(change, None, size, broken))
         self._changes += 1
+
+    async def _is_loose(self, change: Change) -> bool:
+        """Whether the change does not follow what the database has of its session.
+
+        So it may be where a recovery died that knew of a gap below what it had stored; this one can't see it any more.
+        """
+        if not self._directory.unused or change.previous > self._start or change.birth or change.resolves:
+            return False
+        async with self._storage.snapshot() as snapshot:
+            head = await snapshot.head(change.session_id, outcomes_max=0)
+        session = None if head is None else head.session
+        return session is None or (session.incarnation, session.sequence) != (change.incarnation, change.previous)
 
     async def _watch(self) -> None:
         """Tell how far it is, and give up when the database has been away for too long."""

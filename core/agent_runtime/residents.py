@@ -543,9 +543,10 @@ class Residents:
         resident.replaced = True
         remade = None
         if self._entries.get(resident.session_id) is resident:
-            del self._entries[resident.session_id]
-            self.admit(resident.session_id, rows)
-            remade = self._entries[resident.session_id]
+            del self._entries[resident.session_id]  # without rows the id is unknown: an earlier session may have it
+            if rows is not None:
+                self.admit(resident.session_id, rows)
+                remade = self._entries[resident.session_id]
         elif rows is not None:  # another session has the id by now, this one goes on to its deletion
             remade = Resident.from_rows(rows)
             self.bytes += remade.bytes

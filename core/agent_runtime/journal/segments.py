@@ -181,6 +181,12 @@ class Directory:
         """The identity of the directory in which the newest header was written."""
         return None if (header := self.header) is None else header.identity
 
+    @cached_property
+    def unused(self) -> bool:
+        """Whether the last opening left no change here: perhaps it died while it recovered those of earlier ones."""
+        newest = [each for each in self.segments if each.header and each.header.generation == self.generation]
+        return not any(self.last(segment) >= segment.first for segment in newest)
+
     @property
     def first_retained(self) -> int | None:
         """The lowest sequence that the journal may hold, or that is void: everything below was cut."""
