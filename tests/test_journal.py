@@ -496,7 +496,7 @@ async def test_a_full_disk_stops_appends_only(place: JournaledPlace, monkeypatch
         marks = runtime.watermarks
         with monkeypatch.context() as patched:
             patched.setattr(LocalFiles, "free_bytes", lambda _: 10)
-            runtime._journal.journal._slow_at = 0.0  # type: ignore[union-attr]
+            runtime._journal.journal._slow_size = 0  # type: ignore[union-attr]
             for _ in range(2):
                 with pytest.raises(JournalFull, match="10 bytes free"):
                     await session.append("user", "no")

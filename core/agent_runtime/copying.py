@@ -11,8 +11,9 @@ A copy may be killed anywhere and run again; it goes on where it was.
 How it knows where that is: it takes the target's lease as a journal would, under an id that names the source and the
 sequence that it stands at. So the target keeps a row of that journal, and nobody else's changes pass for this copy's.
 Batches are cut from the source's rows in an order that depends on nothing but them, and each moves the target's
-sequence by one: so that is how many batches it has. Outcomes come last, and all of them each time, as they may expire
-on the way. The last step takes the sequence to where the source stands, if it is not beyond that already.
+sequence by one: so that is how many batches it has. Outcomes come last, and again if need be: as some expire on the
+way, their batches are not always the same. The last step takes the sequence to where the source stands, if it is not
+beyond that already.
 
 An unfinished copy keeps the target's lease, and is not taken for a dead process: no runtime is to serve half of a
 database. Only this copy, run again, gets it back. (An SQLite file forgets leases when the machine restarts.)
@@ -20,7 +21,7 @@ database. Only this copy, run again, gets it back. (An SQLite file forgets lease
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from operator import attrgetter
@@ -34,6 +35,7 @@ from .errors import InvalidInput, JournalError, LeaseHeld, StorageFatal
 from .journal import JournalFiles, read_directory
 from .lease import LeaseKeeper, claim_of
 from .opening import Found, _held, _taken, check_pairing
+from .rows import OutcomeRow
 from .scan import Rows, Scan, TableSum
 from .storage import Claim, Grant, JournalRow, LeaseRow, SessionKey, Snapshot, Storage
 
@@ -245,17 +247,22 @@ async def copy(
         ChangeRejected: it refuses a row.
         StorageError, LeaseLost: it stopped. Run again it goes on.
     """
+    async with target.snapshot() as snapshot:
+        row = await snapshot.lease()
+    if row is not None and row.database_id == source.database_id:
+        raise InvalidInput("target", "is the database that is to be copied, or a copy of its file")
     async with _locked(target, journal):
         lease = await _begin(source, target, journal)
         work = _Copy(source, target, lease.grant, now, progress)
-        same = False
         try:
             copied = await work.run()
-            same = not copied.differing
-        finally:
-            if same or not work.begun:
+        except BaseException:
+            if not work.begun:
                 with anyio.CancelScope(shield=True):
                     await lease.release()
+            raise
+        if not copied.differing:
+            await target.leases.release(lease.grant.fence)
         return copied
 
 
@@ -265,8 +272,6 @@ async def _begin(source: Source, target: Storage, journal: JournalFiles | None) 
         async with target.snapshot() as snapshot:
             sequence, row, ours = snapshot.watermark, await snapshot.lease(), await snapshot.journal(source.copy_id)
             empty = sequence == 0 and not await snapshot.sessions(limit=1)
-        if row is not None and row.database_id == source.database_id:
-            raise InvalidInput("target", "is the database that is to be copied, or its file's copy")
         if not empty and (ours is None or ours.sequence != sequence):
             raise _foreign(source, row, ours)
         if row is not None and journal is not None:
@@ -310,6 +315,7 @@ class _Copy:
         self.begun = grant.sequence > 0
         self._there = self._sequence = grant.sequence
         self._read = 0
+        self._outcomes_after: tuple[str, str] | None = None
         self._source = source
         self._target = target
         self._fence = grant.fence
@@ -332,7 +338,8 @@ class _Copy:
 
         async def hand_on(rows: Rows) -> None:
             self._read += 1
-            if self._read > self._there or "outcomes" in rows:
+            there = await self._has(rows["outcomes"]) if "outcomes" in rows else self._read <= self._there
+            if not there:
                 await send.send(rows)
 
         async def read() -> None:
@@ -348,6 +355,12 @@ class _Copy:
 
         await _together(read, write)
         return sums
+
+    async def _has(self, outcomes: Sequence[OutcomeRow]) -> bool:
+        """Whether the target has these, which follow those of the last call."""
+        after, self._outcomes_after = self._outcomes_after, (outcomes[-1].scope, outcomes[-1].key)
+        async with self._target.snapshot() as snapshot:
+            return list(await snapshot.outcomes(after=after, limit=len(outcomes))) == outcomes
 
     def _scan(
         self, stage: Literal["copying", "comparing"], snapshot: Snapshot, take: Callable[[Rows], Awaitable[None]]

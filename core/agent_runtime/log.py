@@ -31,6 +31,9 @@ class Writes(Protocol):
     def append(self, frames: Sequence[tuple[int, bytes]]) -> None:
         """Write encoded changes under their sequences: all of them or, raising JournalError, none."""
 
+    def append_one(self, sequence: int, payload: bytes) -> None:
+        """Write one encoded change, or raise JournalError."""
+
 
 class _Waiter:
     __slots__ = ("error", "event", "number", "sequence")
@@ -138,7 +141,16 @@ class Log:
         Raises:
             JournalError: it could not be written to the journal; nothing has happened, but `next` may be another one.
         """
-        self.accept_all([(sequence, data)])
+        if sequence != self.next:
+            raise ValueError(f"change {sequence} was planned, but {self.next} is the next of the log")
+        if self._journal is not None:
+            try:
+                self._journal.append_one(sequence, data)
+            except JournalError:
+                self.next = max(self.next, self._journal.end + 1)
+                raise
+        self.accepted = sequence
+        self.next = sequence + 1
 
     def accept_all(self, frames: Sequence[tuple[int, bytes]]) -> None:
         """As `accept`, for consecutive changes: all of them or none."""

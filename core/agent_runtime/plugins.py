@@ -14,8 +14,8 @@ import inspect
 import logging
 import re
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -27,7 +27,7 @@ from .config import did_you_mean
 from .errors import ConfigError, InvalidInput, PluginError
 from .hookspecs import PROJECT, HookSpecs
 from .records import NewMessage
-from .storage import StorageFactory
+from .storage import LeaseDesk, Storage, StorageConfig, StorageFactory
 
 if TYPE_CHECKING:
     import typer
@@ -40,6 +40,7 @@ ENTRY_POINTS: Final = "agent_runtime"
 """The group of entry points in which plugins register."""
 
 BY_HAND: Final = "by hand"
+_STORAGES: Final = "agent_runtime_storages"
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*")
 _log: Final = logging.getLogger("agent_runtime")
 
@@ -83,6 +84,41 @@ class HookCall(NamedTuple):
 
     def __call__(self, arguments: Mapping[str, object]) -> Any:
         return self.function(*[arguments[name] for name in self.argnames])
+
+
+class CheckedFactory(NamedTuple):
+    """The factory of a plugin for one scheme; what it opens is a storage, or the plugin is named."""
+
+    plugin: str
+    scheme: str
+    function: StorageFactory
+
+    @asynccontextmanager
+    async def __call__(self, config: StorageConfig) -> AsyncIterator[Storage]:
+        """Open the storage.
+
+        Raises:
+            PluginError: it is none.
+        """
+        opening: object = self.function(config)
+        if not isinstance(opening, AbstractAsyncContextManager):
+            if inspect.iscoroutine(opening):
+                opening.close()
+            problem = f"returned {_kind(opening)}, not an async context manager of a storage"
+            raise self._refused(f"{problem}: mark it with @asynccontextmanager")
+        async with opening as storage:
+            missing = _missing(Storage, storage) or _missing(LeaseDesk, storage.leases, "leases.")
+            if missing:
+                raise self._refused(f"opened {_kind(storage)}, which is no storage: it has no {', '.join(missing)}")
+            yield storage
+
+    def _refused(self, problem: str) -> PluginError:
+        return PluginError(self.plugin, _STORAGES, f"its factory for {self.scheme!r} {problem}")
+
+
+def _missing(protocol: type, value: object, prefix: str = "") -> list[str]:
+    """What of a protocol a value does not have."""
+    return [prefix + name for name in vars(protocol) if name[0] != "_" and not hasattr(value, name)]
 
 
 class PluginManager:
@@ -204,13 +240,14 @@ class PluginManager:
 
     def storages(self) -> dict[str, StorageFactory]:
         """The factory of each URL scheme."""
-        return self._factories("agent_runtime_storages", "stores under")
+        return self._factories(_STORAGES, "stores under")[0]
 
     def clients(self) -> dict[str, ClientFactory]:
         """The factory of each URL scheme."""
-        return self._factories("agent_runtime_clients", "talks to servers under")
+        return self._factories("agent_runtime_clients", "talks to servers under")[0]
 
-    def _factories(self, hook: str, does: str) -> dict[str, Any]:
+    def _factories(self, hook: str, does: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """The factory of each scheme, and the plugin that brings it."""
         factories: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for plugin, result in self.results(hook):
@@ -226,10 +263,12 @@ class PluginManager:
                         plugin, hook, f"{does} {scheme!r}, as {owners[scheme]!r} does; disable one of the two"
                     )
                 owners[scheme], factories[scheme] = plugin, factory
-        return factories
+        return factories, owners
 
     def storage_for(self, url: str) -> StorageFactory:
         """The factory for a URL, by its scheme: the text before the first colon, as in `sqlite+aiosqlite`.
+
+        What it opens is checked to be a storage: if it is none, opening raises a PluginError.
 
         Raises:
             InvalidInput: it is not a URL, or no plugin stores under its scheme.
@@ -238,12 +277,12 @@ class PluginManager:
         scheme = scheme.lower()
         if not colon or not _SCHEME.fullmatch(scheme):
             raise InvalidInput("storage.url", "is not a URL" + _as_file(url))
-        factories = self.storages()
+        factories, owners = self._factories(_STORAGES, "stores under")
         if scheme not in factories:
             known = ", ".join(sorted(factories)) or "none"
             near = did_you_mean(scheme, factories) if difflib.get_close_matches(scheme, factories) else ""
             raise InvalidInput("storage.url", f"no plugin stores under {scheme!r}; there are: {known}{near}")
-        return factories[scheme]
+        return CheckedFactory(owners[scheme], scheme, factories[scheme])
 
     def client_for(self, url: str) -> ClientFactory:
         """The factory for the URL of a server, by its scheme.

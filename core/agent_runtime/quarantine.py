@@ -130,7 +130,7 @@ class Quarantine:
             for incarnation, changes in held.items():
                 head = await snapshot.head(changes[0].session_id, outcomes_max=OUTCOMES_MAX)
                 succeeded = head is not None and head.session.sequence > changes[-1].sequence
-                # Replayed changes, damaged in the journal, are back behind later ones that were not: not in their order.
+                # Changes that were replayed, and damaged in the journal, stand behind later ones that were not.
                 changes.sort(key=lambda change: (change.next_seq, change.sequence))
                 rows = _of(incarnation, head)
                 changes = rebase(changes, None if rows is None else rows.session)  # damage may have taken some

@@ -39,7 +39,6 @@ logger: Final = logging.getLogger("agent_runtime.journal")
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CHECK_BYTES: Final = 256 * 1024
-_CHECK_S: Final = 1.0
 _TURN_BYTES: Final = 64 * 1024  # written again between two yields to the loop: about a millisecond
 
 
@@ -112,7 +111,6 @@ class Journal:
         self._current: _Segment | None = None  # None: the last one can't be appended to, and no new one could be made
         self._write: Callable[[bytes], int] = _nowhere
         self._slow_size = 0  # an append that would make the current segment larger looks after space and rotation first
-        self._slow_at = 0.0
         self._last_sync_s = 0.0
         self._failures = 0
         self._full = False
@@ -128,6 +126,7 @@ class Journal:
         database_id: str,
         generation: int,
         after: int,
+        stored: int | None = None,
         partition: int = 0,
         segment_bytes: int,
         retain_s: float = 0.0,
@@ -137,6 +136,8 @@ class Journal:
     ) -> Journal:
         """Begin a segment behind those of `directory`, which is locked and cut; the log goes on after `after`.
 
+        `stored` is how far the database is. Sequences behind that, and behind the last frame, were given out and lost
+        with the tail that held them: they are void from now on, lest they look cut when what held them is.
         `pending_bytes` gives the bytes of all unstored changes; `clock` counts seconds.
 
         Raises:
@@ -156,7 +157,7 @@ class Journal:
             partition=partition,
             segment=max(map(number_of, names), default=0),
             first=after + 1,
-            voids=directory.voids,
+            voids=directory.voids if stored is None else _with_lost_tail(directory, stored),
             identity=identity,
             created_at=now(),
         )
@@ -209,12 +210,18 @@ class Journal:
             end += 1
             if sequence != end:
                 raise ValueError(f"change {sequence} can't follow {end - 1} in the journal")
-        if len(frames) == 1:
-            data = encode_frame(end, frames[0][1], self._seed)
-        else:
-            data = b"".join([encode_frame(sequence, payload, self._seed) for sequence, payload in frames])
+        self._append(end, b"".join([encode_frame(sequence, payload, self._seed) for sequence, payload in frames]))
+
+    def append_one(self, sequence: int, payload: bytes) -> None:
+        """As `append`, for one change: the hot path."""
+        if sequence != self.end + 1:
+            raise ValueError(f"change {sequence} can't follow {self.end} in the journal")
+        self._append(sequence, encode_frame(sequence, payload, self._seed))
+
+    def _append(self, end: int, data: bytes) -> None:
+        """Write frames, the last of them of sequence `end`."""
         current = self._current
-        if current is None or current.size + len(data) > self._slow_size or self._clock() >= self._slow_at:
+        if current is None or current.size + len(data) > self._slow_size:
             current = self._prepare(len(data))
         try:
             written = self._write(data)
@@ -239,7 +246,6 @@ class Journal:
         if current is None or (current.size + size > self._segment_bytes and current.size > current.empty_size):
             current = self._rotate()
         self._slow_size = min(current.size + size + _CHECK_BYTES, max(self._segment_bytes, current.size + size))
-        self._slow_at = self._clock() + _CHECK_S
         return current
 
     def _check_room(self) -> None:
@@ -353,6 +359,7 @@ class Journal:
         Raises:
             JournalError: it is not there, and `synced` has not moved. The next call tries again, with new files.
         """
+        self._slow_size = 0  # so that room is looked for after each sync, too
         target = self.end
         started_at = self._clock()
         await self._sync_all()
@@ -486,6 +493,14 @@ class Journal:
         for segment in self._segments:
             segment.close()
         self._unsynced.clear()
+
+
+def _with_lost_tail(directory: Directory, stored: int) -> tuple[tuple[int, int], ...]:
+    """The voids, and what was given out at the end of the log of which there is no frame."""
+    known = max(
+        stored, *(directory.last(segment) for segment in directory.segments), *(last for _, last in directory.voids), 0
+    )
+    return directory.voids if known >= directory.end else (*directory.voids, (known + 1, directory.end))
 
 
 def _segments_of(directory: Directory, end: int) -> list[_Segment]:
