@@ -1,4 +1,7 @@
-"""Processes that tests start and kill: `python children.py NAME LOOP DATABASE`. They report in lines of JSON."""
+"""Processes that tests start and kill: `python children.py NAME LOOP DATABASE JOURNAL`. They report in lines of JSON.
+
+JOURNAL is the journal's directory; empty where that is the storage's to say.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import asyncpg
 import psutil
 import trio
 
@@ -47,6 +52,41 @@ def footprint() -> dict[str, int]:
         "tasks": living_tasks(),
         "files": psutil.Process().num_fds(),
     }
+
+
+async def left_on_server(config: Config, *, idle: bool) -> list[str]:
+    """What a server does for this process, soon: nothing, unless something was left behind; `idle` ones included."""
+    if not config.storage.url.startswith("postgresql:"):
+        return []
+    url = config.storage.url.partition("?")[0]
+    query = "SELECT state, query FROM pg_stat_activity WHERE application_name = $1 AND ($2 OR state <> 'idle')"
+
+    async def ask() -> list[str]:
+        connection = await asyncpg.connect(url)
+        try:
+            return [f"{state}: {text}" for state, text in await connection.fetch(query, application_name(), idle)]
+        finally:
+            await connection.close()
+
+    found: list[str] = []
+    for _ in range(20):
+        with ThreadPoolExecutor(1) as thread:  # one of an event loop would be kept, and counted
+            found = thread.submit(asyncio.run, ask()).result()
+        if not found:
+            break
+        await anyio.sleep(0.05)
+    return found
+
+
+def application_name() -> str:
+    return f"child {os.getpid()}"
+
+
+def config_of(url: str, journal: str, **sections: dict[str, Any]) -> Config:
+    if journal:
+        sections["journal"] = {"directory": journal}
+        sections["storage"] = {"options": {"application_name": application_name()}}
+    return Config.of(url, lease={"duration_s": LEASE_S}, **sections)
 
 
 class Cancelling:
@@ -87,11 +127,12 @@ class Cancelling:
         await self._runtime.flush()
 
 
-async def cancel_calls(url: str) -> None:
+async def cancel_calls(url: str, journal: str) -> None:
     """Cancel many calls of every kind, at every moment of theirs; report what is left of them."""
     generator = random.Random(7)
     before_open = footprint()
-    config = Config.of(url, lease={"duration_s": LEASE_S}, residents={"tail_messages": 5})
+    config = config_of(url, journal, residents={"tail_messages": 5})
+    queries: list[str] = []
     async with open_runtime(config) as runtime:
         for number in range(AT_ONCE):
             session = await runtime.create_session(f"s{number}")
@@ -108,6 +149,7 @@ async def cancel_calls(url: str) -> None:
                         for number in range(first, first + AT_ONCE):
                             after_s = longest_s * generator.uniform(0 if round_number else 1, 1) ** 2
                             tasks.start_soon(calls.call, kind, 1000 * round_number + number, after_s)
+                queries += await left_on_server(config, idle=False)
             await runtime.flush()
             async with AsyncExitStack() as views:
                 for _ in range(runtime.status().pool.size - 1):  # all that read; one writes
@@ -116,12 +158,14 @@ async def cancel_calls(url: str) -> None:
         in_use = runtime.status().pool.in_use
         after = footprint()
         kept = [str(message.content) async for message in target.scan_messages()]
+    queries += await left_on_server(config, idle=True)
     report(
         before_open=before_open,
         before=before,
         after=after,
         closed=footprint(),
         in_use=in_use,
+        queries=queries,
         cancelled=calls.cancelled,
         lost=sorted(set(calls.standing) - set(kept)),
         unknown=sorted(set(kept) - set(calls.standing)),
@@ -129,9 +173,9 @@ async def cancel_calls(url: str) -> None:
     )
 
 
-async def hold(url: str) -> None:
+async def hold(url: str, journal: str) -> None:
     """Hold the lease, show that a forked child doesn't get it, and write until killed; report what is stored."""
-    config = Config.of(url, lease={"duration_s": LEASE_S}, write_behind={"interval_s": 0.05})
+    config = config_of(url, journal, write_behind={"interval_s": 0.05})
     loop = "trio" if "trio" in sys.argv else "asyncio"
     async with open_runtime(config) as runtime:
         report(pid=os.getpid(), forked=_open_in_fork(config, loop))
@@ -184,6 +228,6 @@ async def _open_once(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    _, chosen, backend, database_url = sys.argv
-    anyio.run({"cancel": cancel_calls, "hold": hold}[chosen], database_url, backend=backend)
+    _, chosen, backend, database_url, journal_directory = sys.argv
+    anyio.run({"cancel": cancel_calls, "hold": hold}[chosen], database_url, journal_directory, backend=backend)
     report(ended_at=time.time())

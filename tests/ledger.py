@@ -167,7 +167,7 @@ class _Expected:
             raise Broken(f"the first change of session {chain[0].session_id} does not create it")
         last = chain[-1]
         self.next_seq = last.next_seq
-        self.messages = list(messages.values())
+        self.messages = [messages[seq] for seq in sorted(messages)]
         self.switches = [_switch(row) for row in switches]
         self.documents = {key: document_record(row) for key, row in documents.items()}
         self.record = Session(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, closing
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from agent_runtime import (
     open_runtime_blocking,
 )
 from agent_runtime_memory import MemoryDatabase, MemoryPlugin
-from postgres_server import migrated_schema, url_of
+from postgres_server import migrated_schema, server, url_of
 
 T = TypeVar("T")
 Look: TypeAlias = Callable[[Runtime], Awaitable[T]]
@@ -48,13 +49,22 @@ objects = st.dictionaries(texts, values, max_size=5)
 class Place:
     """A database. Unless told otherwise a runtime on it stores nothing but on demand.
 
-    `journal` is where its journal lies, if that is not the storage's to say.
+    `journal` is where its journal lies, if that is not the storage's to say; `path` the file and `schema` the schema
+    that it is, if it is one.
     """
 
-    def __init__(self, url: str, *plugins: object, path: Path | None = None, journal: Path | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *plugins: object,
+        path: Path | None = None,
+        schema: str | None = None,
+        journal: Path | None = None,
+    ) -> None:
         self.url = url
         self._plugins = plugins
         self._path = path
+        self._schema = schema
         self._journal = journal
 
     @property
@@ -63,6 +73,13 @@ class Place:
         if self._path is None:
             raise ValueError(f"{self.url} is no file")
         return self._path
+
+    def query(self, sql: str) -> list[tuple[Any, ...]]:
+        """What a person finds who asks the database with plain SQL."""
+        if self._schema is not None:
+            return server().rows(sql, schema=self._schema)
+        with closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(sql).fetchall()
 
     def config(self, **sections: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {"write_behind": {"interval_s": NEVER_S}, "lease": {"duration_s": 60.0}}
@@ -106,7 +123,8 @@ def _empty_file() -> bytes:
 
 def in_schema(directory: Path) -> Place:
     """A new schema on the PostgreSQL server of this run; its journal lies in the directory."""
-    return Place(url_of(migrated_schema()), journal=directory / "journal")
+    schema = migrated_schema()
+    return Place(url_of(schema), schema=schema, journal=directory / "journal")
 
 
 def place_of(kind: str, directory: Path) -> Place:

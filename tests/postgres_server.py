@@ -157,7 +157,7 @@ def start(directory: Path, **settings: str) -> Server:
     data = directory / "data"
     initdb = ["-D", str(data), "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
     made = subprocess.run(
-        [*_command(source / "initdb", user, 0), *initdb],
+        [*command(source / "initdb", user, 0), *initdb],
         env=_environment(source, directory),
         capture_output=True,
         text=True,
@@ -179,7 +179,7 @@ def serve(directory: Path, source: Path | None = None, port: int | None = None, 
     arguments += [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
     with (directory / "log").open("ab") as log:
         process = subprocess.Popen(
-            [*_command(source / "postgres", user, os.getpid()), *arguments],
+            [*command(source / "postgres", user, os.getpid()), *arguments],
             stdout=log,
             stderr=log,
             env=_environment(source, directory),
@@ -202,7 +202,8 @@ def _is_ready(data: Path, pid: int) -> bool:
     return False
 
 
-def _command(binary: Path, user: pwd.struct_passwd | None, parent: int) -> list[str]:
+def command(binary: Path, user: pwd.struct_passwd | None, parent: int) -> list[str]:
+    """What runs a program as a user, and ends it with its parent, if one is given."""
     uid, gid = (-1, -1) if user is None else (user.pw_uid, user.pw_gid)
     return [sys.executable, "-I", "-S", "-c", _AS_USER, f"{uid}", f"{gid}", f"{parent}", str(binary)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -44,12 +44,21 @@ class _Keyed(NamedTuple):
 class Caller:
     """Makes calls, one after the other, and checks what it is told."""
 
-    def __init__(self, world: World, runtime: Runtime, chance: random.Random, number: int, pause_s: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        runtime: Runtime,
+        chance: random.Random,
+        number: int,
+        pause_s: float,
+        levels: Sequence[Durability],
+    ) -> None:
         self._world = world
         self._runtime = runtime
         self._random = chance
         self._number = number
         self._pause_s = pause_s
+        self._levels = levels
         self._calls = 0
         self._keyed: _Keyed | None = None
 
@@ -64,7 +73,7 @@ class Caller:
     async def _call(self) -> None:
         made: list[Change] = []
         accepting.set(made)
-        level = self._random.choice((*self._world.levels, "journaled", "journaled", "journaled"))
+        level = self._random.choice(self._levels)
         error: AgentRuntimeError | None = None
         try:
             await self._some_call(level)

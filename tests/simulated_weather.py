@@ -36,7 +36,7 @@ class Weather:
     def plan_end(self, die: Callable[[], None]) -> None:
         """Perhaps: in a certain call, call `die`."""
         chance = self._random
-        kind = chance.randrange(3)
+        kind = chance.randrange(4)
         if kind == 0:
             name: DiskCallName = chance.choice(
                 ("write", "write", "write", "sync", "sync", "create", "unlink", "sync_directory", "truncate", "read")
@@ -49,6 +49,12 @@ class Weather:
             nth = int(chance.lognormvariate(0.7, 0.7)) + 1 if call == "apply" else 1
             self._database.at(call, die, nth=nth, effect=chance.choice(EFFECTS))
             self._tell(f"to die in {call} {nth}")
+        elif kind == 2:  # what a sync that failed leaves behind
+            nth = int(chance.lognormvariate(1.0, 0.7)) + 1
+            self._disk.fail("sync", nth=nth, done=chance.random())
+            later = nth + chance.choice((1, 1, 2, 3))
+            self._disk.at("sync", die, nth=later, done=1.0)
+            self._tell(f"to die in sync {later}, after {nth} has failed")
 
     def plan_fault(self) -> None:
         """Something is going to fail."""

@@ -84,10 +84,13 @@ def simulate(seed: int) -> Result:
 def _determined(seed: int, world: World) -> Iterator[None]:
     """Whatever the code under test takes from chance and from clocks, it takes from the seed; its log is ours."""
     chance = random.Random(seed)
-    accept_all = Log.accept_all
+    accept, accept_all = Log.accept, Log.accept_all
 
-    def accept(log: Log, frames: Sequence[tuple[int, bytes]]) -> None:
-        world.accept(log, frames, accept_all)
+    def accept_there(log: Log, sequence: int, data: bytes) -> None:
+        world.accept(log, [(sequence, data)], lambda: accept(log, sequence, data))
+
+    def accept_all_there(log: Log, frames: Sequence[tuple[int, bytes]]) -> None:
+        world.accept(log, frames, lambda: accept_all(log, frames))
 
     with ExitStack() as stack:
         for target, replacement in {
@@ -98,7 +101,8 @@ def _determined(seed: int, world: World) -> Iterator[None]:
             "agent_runtime.runtime.utc_now": world.now,
             "agent_runtime.runtime.time.time_ns": lambda: int(world.now().timestamp() * 1e9),
             "agent_runtime.plugins._installed": list,
-            "agent_runtime.log.Log.accept_all": accept,
+            "agent_runtime.log.Log.accept": accept_there,
+            "agent_runtime.log.Log.accept_all": accept_all_there,
         }.items():
             stack.enter_context(patch(target, replacement))
         stack.enter_context(patch.dict(_BEGIN_DEFAULTS, now=world.now, clock=trio.current_time))
@@ -151,11 +155,11 @@ class World:
 
     # What the log says
 
-    def accept(self, log: Log, frames: Sequence[tuple[int, bytes]], accept_all: Callable[..., None]) -> None:
+    def accept(self, log: Log, frames: Sequence[tuple[int, bytes]], accept: Callable[[], None]) -> None:
         """A change is being written. If the process dies in that, it may be there or not: then it stands for now."""
         ours = not self.dead and log is getattr(self._runtime, "_log", None)
         try:
-            accept_all(log, frames)
+            accept()
         except BaseException as error:
             if ours and self.dead:
                 self._stand(frames, "perhaps")
@@ -347,10 +351,11 @@ class World:
         """Callers at work, until the end that is planned."""
         chance = self.random
         duration_s = chance.choice((0.1, 5.0, 40.0))
+        levels: Sequence[Durability] = ("journaled", "journaled", "journaled", *chance.choice((self.levels, ())))
         async with trio.open_nursery() as tasks:
             for number in range(chance.randint(1, 6)):
-                pause_s = duration_s / chance.choice((20, 80, 300))
-                tasks.start_soon(Caller(self, runtime, random.Random(chance.random()), number, pause_s).run)
+                pause_s = duration_s / chance.choice((10, 40, 120))
+                tasks.start_soon(Caller(self, runtime, random.Random(chance.random()), number, pause_s, levels).run)
             tasks.start_soon(self._weather.run)
             await trio.sleep(duration_s)
             if chance.random() < 0.5:
@@ -368,4 +373,6 @@ class World:
             raise Broken(f"after {HEALING_S:g} s without a fault it still does not work")
 
     def _any_loss(self) -> Loss:
-        return self.random.choices(LOSSES, (3, 3, 1 if self.database.survives == "power" else 0))[0]
+        if self.database.survives == "nothing":
+            return "process"  # with it goes the database, and the journal brings back all of it
+        return self.random.choices(LOSSES, (3, 3, 1))[0]

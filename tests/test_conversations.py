@@ -1,28 +1,28 @@
 """Real conversations, written one message at a time by many at once, across a restart: what comes out, what it costs.
 
-Counted from outside: rows with sqlite3, transactions by the commits that reach the driver.
+Counted from outside: rows by a person's own queries, transactions by the commits that reach the driver.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import anyio
+import asyncpg
 import msgspec
 import pytest
 from sqlalchemy import Connection, Engine, event
 
 from agent_runtime import Runtime, hookimpl
 from agent_runtime.changes import Receipt
-from places import Place, forget, in_file
+from places import Place, forget, place_fixture
 
 pytestmark = pytest.mark.anyio
 
@@ -35,8 +35,15 @@ MESSAGES = sum(map(len, CONVERSATIONS.values()))
 WRITERS = 16
 INTERVAL_S = 5.0
 BATCH_CHANGES = 1000
-LEASE_COMMITS = 2
-"""Of an opening: the lease taken and given back."""
+OPENING_COMMITS = {"sqlite": 2, "postgresql": 3}
+"""The lease taken and given back; and one look at a server's settings."""
+TOOLS = {
+    "sqlite": "json_extract(call.value, '$.function.name') AS tool, count(*) FROM messages, json_each(tool_calls)",
+    "postgresql": "call.value #>> '{function,name}' AS tool, count(*) FROM messages, json_array_elements(tool_calls)",
+}
+HOUR_AGO = {"sqlite": "strftime('%Y-%m-%dT%H:%M:%S', 'now', '-1 hour')", "postgresql": "now() - interval '1 hour'"}
+
+place = place_fixture(("sqlite", "postgresql"))
 
 
 class Receipts:
@@ -54,13 +61,21 @@ class Receipts:
 def counted_commits() -> Iterator[list[float]]:
     """When transactions were committed, whoever did it."""
     commits: list[float] = []
+    execute = asyncpg.Connection.execute
 
     def commit(_: Connection) -> None:
         commits.append(time.monotonic())
 
+    async def executed(connection: asyncpg.Connection, query: str, *args: Any, **options: Any) -> Any:
+        if query == "COMMIT":
+            commits.append(time.monotonic())
+        return await execute(connection, query, *args, **options)
+
     event.listen(Engine, "commit", commit)
     try:
-        yield commits
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncpg.Connection, "execute", executed)
+            yield commits
     finally:
         event.remove(Engine, "commit", commit)
 
@@ -88,13 +103,11 @@ async def check_histories(runtime: Runtime) -> None:
         assert msgspec.json.decode(await session.history_json()) == messages
 
 
-def query(place: Place, sql: str) -> list[Any]:
-    with closing(sqlite3.connect(place.path)) as connection:
-        return connection.execute(sql).fetchall()
+def kind_of(place: Place) -> str:
+    return place.url.partition(":")[0]
 
 
-async def test_conversations_come_out_as_they_went_in_at_a_row_a_message(tmp_path: Path) -> None:
-    place = in_file(tmp_path)
+async def test_conversations_come_out_as_they_went_in_at_a_row_a_message(place: Place) -> None:
     sections: dict[str, dict[str, Any]] = {
         "write_behind": {"interval_s": INTERVAL_S, "batch_changes": BATCH_CHANGES},
         "residents": {"tail_messages": 5},
@@ -120,7 +133,7 @@ async def test_conversations_come_out_as_they_went_in_at_a_row_a_message(tmp_pat
             # One when an interval is over or the batch is full, and one at the close.
             assert 1 <= batches <= took_s // INTERVAL_S + of_this_half // BATCH_CHANGES + 1
             purges = 1  # an earlier run may have left rows
-            assert len(commits) - committed_before == batches + LEASE_COMMITS + purges
+            assert len(commits) - committed_before == batches + OPENING_COMMITS[kind_of(place)] + purges
     assert changes == MESSAGES + len(CONVERSATIONS)
     receipts = [receipt for _, receipt in observer.receipts]
     assert sum(receipt.changes for receipt in receipts) == changes
@@ -135,9 +148,10 @@ async def test_conversations_come_out_as_they_went_in_at_a_row_a_message(tmp_pat
 
 
 def check_rows(place: Place) -> None:
-    """What a person finds who asks the file with plain SQL."""
+    """What a person finds."""
+    kind = kind_of(place)
     counts = {
-        name: query(place, f"SELECT count(*) FROM {name}")[0][0]
+        name: place.query(f"SELECT count(*) FROM {name}")[0][0]
         for name in ("sessions", "contexts", "messages", "switches", "documents", "outcomes", "quarantine", "purges")
     }
     assert counts == {
@@ -150,13 +164,13 @@ def check_rows(place: Place) -> None:
         "quarantine": 0,
         "purges": 0,
     }
-    [(sequence, epoch, holder)] = query(place, "SELECT sequence, epoch, holder FROM partitions")
+    [(sequence, epoch, holder)] = place.query("SELECT sequence, epoch, holder FROM partitions")
     assert (sequence, holder) == (MESSAGES + len(CONVERSATIONS), None)
     assert epoch >= 2
-    assert query(place, "PRAGMA integrity_check") == [("ok",)]
-    assert query(place, "PRAGMA foreign_key_check") == []
-    found = query(
-        place,
+    if kind == "sqlite":
+        assert place.query("PRAGMA integrity_check") == [("ok",)]
+        assert place.query("PRAGMA foreign_key_check") == []
+    found = place.query(
         "SELECT session_id, role, content, tool_calls, tool_call_id, name"
         " FROM messages JOIN sessions USING (incarnation) ORDER BY session_id, seq",
     )
@@ -172,8 +186,7 @@ def check_rows(place: Place) -> None:
         for name, messages in sorted(CONVERSATIONS.items())
         for message in messages
     ]
-    tools = "SELECT json_extract(call.value, '$.function.name') AS tool, count(*) FROM messages, json_each(tool_calls)"
-    used = dict(query(place, f"{tools} AS call GROUP BY tool ORDER BY 2 DESC"))
+    used = dict(place.query(f"SELECT {TOOLS[kind]} AS call GROUP BY tool ORDER BY 2 DESC"))
     called = [
         call["function"]["name"]
         for messages in CONVERSATIONS.values()
@@ -181,8 +194,7 @@ def check_rows(place: Place) -> None:
         for call in message.get("tool_calls") or []
     ]
     assert used == {name: called.count(name) for name in called}
-    hour_ago = "strftime('%Y-%m-%dT%H:%M:%S', 'now', '-1 hour')"
-    assert query(place, f"SELECT count(*) FROM messages WHERE created_at > {hour_ago}") == [(MESSAGES,)]
+    assert place.query(f"SELECT count(*) FROM messages WHERE created_at > {HOUR_AGO[kind]}") == [(MESSAGES,)]
 
 
 def test_the_sample_has_what_is_hard() -> None:
@@ -200,8 +212,7 @@ def test_the_sample_has_what_is_hard() -> None:
 
 
 @pytest.mark.parametrize("batch_changes", [100, 300])
-async def test_a_full_batch_is_stored_at_once(tmp_path: Path, batch_changes: int) -> None:
-    place = in_file(tmp_path)
+async def test_a_full_batch_is_stored_at_once(place: Place, batch_changes: int) -> None:
     observer = Receipts()
     async with place.open(plugins=[observer], write_behind={"batch_changes": batch_changes}) as runtime:
         await write(runtime, list(CONVERSATIONS.items()))
@@ -210,8 +221,7 @@ async def test_a_full_batch_is_stored_at_once(tmp_path: Path, batch_changes: int
     assert sizes[:-1] == [batch_changes] * (len(sizes) - 1)
 
 
-async def test_an_interval_has_one_transaction(tmp_path: Path) -> None:
-    place = in_file(tmp_path)
+async def test_an_interval_has_one_transaction(place: Place) -> None:
     observer = Receipts()
     async with place.open(plugins=[observer], write_behind={"interval_s": 0.1}) as runtime:
         session = await runtime.create_session("s1")

@@ -1,7 +1,8 @@
 """One call of the storage fails, the first, the second, …, until none is left to fail: nothing acknowledged is lost or doubled.
 
 The same tale is told each time: everything that sessions can do, with evictions, refusals and restarts. A call that fails
-is made again, as it changed nothing. Time is virtual, so that waiting for the next try takes a moment.
+is made again, as it changed nothing. Over a database in memory time is virtual, so that waiting for the next try takes a
+moment; over PostgreSQL, with a journal, it is real, and the wait short.
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from itertools import count
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar
 
 import msgspec
 import pytest
 
-from agent_runtime import NewMessage, Quarantined, Runtime, SessionHandle, SessionNotFound, StorageUnavailable
+from agent_runtime import (
+    Config,
+    NewMessage,
+    Quarantined,
+    Runtime,
+    SessionHandle,
+    SessionNotFound,
+    StorageUnavailable,
+    scheduler,
+)
+from agent_runtime.storage import StorageFactory
 from agent_runtime.testing import CallName, Fault, Faults, writes_message
 from agent_runtime_memory import MemoryDatabase
+from agent_runtime_postgresql import open_postgresql
 from model import Model, ModelSession
-from rig import audit, audit_at_rest, running
+from postgres_server import migrated_schema, url_of
+from rig import audit, audit_at_rest, config, opened
 from rig import virtual_time as anyio_backend
 
 __all__ = ["anyio_backend"]
@@ -26,16 +40,30 @@ __all__ = ["anyio_backend"]
 pytestmark = pytest.mark.anyio
 
 T = TypeVar("T")
+Database: TypeAlias = tuple[Config, StorageFactory]
+
+CALLS_MAX: Final = 1000
+"""More than a tale takes."""
+WITH_EFFECT: Final[tuple[CallName, ...]] = ("open", "acquire", "apply", "purge", "release")
+SECTIONS: Final[dict[str, dict[str, Any]]] = {
+    "residents": {"tail_messages": 2},
+    "write_behind": {"interval_s": 60.0, "batch_changes": 4, "drain_timeout_s": 60.0},
+}
+
+
+def in_memory() -> Database:
+    """A new database in memory."""
+    return config(**SECTIONS), MemoryDatabase().open
 
 
 class Tale:
     """Tells the tale to a runtime and to the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, database: Database) -> None:
         self.faults = Faults()
         self.planned: list[Fault] = []
         self.poison = self.faults.reject(writes_message("poison"))  # before all others, so that it is never stored
-        self.database = MemoryDatabase()
+        self.config, self.factory = database
         self.model = Model()
         self.stack = AsyncExitStack()
         self.runtime: Runtime
@@ -63,7 +91,7 @@ class Tale:
             try:
                 return await call()
             except StorageUnavailable:
-                assert self.hits == hits + 1
+                assert self.hits > hits
                 assert self.runtime.watermarks.accepted == accepted
                 audit(self.runtime)
 
@@ -75,16 +103,9 @@ class Tale:
         while True:
             hits = self.hits
             try:
-                self.runtime = await self.stack.enter_async_context(
-                    running(
-                        self.faults,
-                        self.database,
-                        residents={"tail_messages": 2},
-                        write_behind={"interval_s": 60.0, "batch_changes": 4, "drain_timeout_s": 60.0},
-                    )
-                )
+                self.runtime = await self.stack.enter_async_context(opened(self.config, self.factory, self.faults))
             except (StorageUnavailable, OSError):
-                assert self.hits == hits + 1
+                assert self.hits > hits
             else:
                 return
 
@@ -254,17 +275,22 @@ def result(call_id: str) -> NewMessage:
 
 
 async def test_the_tale_as_it_is() -> None:
-    tale = Tale()
+    tale = Tale(in_memory())
     await tale.told()
     assert tale.faults.count() > 100
 
 
 async def until_none_is_left(
-    plan: Callable[[Faults, int], Fault], name: CallName | None = None, *, first: int = 1, step: int = 1
+    plan: Callable[[Faults, int], Fault],
+    name: CallName | None = None,
+    *,
+    first: int = 1,
+    step: int = 1,
+    new: Callable[[], Database] = in_memory,
 ) -> None:
     """Tell the tale again and again; in each a fault is planned for the nth call (of that name)."""
     for nth in count(first, step):
-        tale = Tale()
+        tale = Tale(new())
         fault = plan(tale.faults, nth)
         tale.planned.append(fault)
         await tale.told()
@@ -288,10 +314,68 @@ async def test_every_nth_call_fails_without_effect() -> None:
     await until_none_is_left(without_effect)
 
 
-@pytest.mark.parametrize("name", ["open", "acquire", "apply", "purge", "release"])
+def after_effect(name: CallName) -> Callable[[Faults, int], Fault]:
+    return lambda faults, nth: faults.fail(name, nth=nth, after_effect=True)
+
+
+def late(faults: Faults, nth: int) -> Fault:
+    return faults.commit_late(nth=nth)
+
+
+@pytest.mark.parametrize("name", WITH_EFFECT)
 async def test_the_nth_call_fails_after_its_effect(name: CallName) -> None:
-    await until_none_is_left(lambda faults, nth: faults.fail(name, nth=nth, after_effect=True), name)
+    await until_none_is_left(after_effect(name), name)
 
 
 async def test_the_nth_batch_is_committed_late() -> None:
-    await until_none_is_left(lambda faults, nth: faults.commit_late(nth=nth), "apply")
+    await until_none_is_left(late, "apply")
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Database]:
+    """Makes a new database with a journal; the first try after a failure comes soon."""
+    monkeypatch.setattr(scheduler, "_BACKOFF_FIRST_S", 0.001)
+
+    def new() -> Database:
+        schema = migrated_schema()
+        journal = {"directory": str(tmp_path / schema)}
+        return config(f"faulty:{url_of(schema)}", journal=journal, **SECTIONS), open_postgresql
+
+    return new
+
+
+in_real_time = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+
+
+@in_real_time
+@pytest.mark.parametrize(
+    ("plan", "step"),
+    [(without_effect, 13), (after_effect("apply"), 3), (late, 3)],
+    ids=["without effect", "after its effect", "late"],
+)
+async def test_now_and_then_a_call_of_postgresql_fails(
+    in_schema: Callable[[], Database], plan: Callable[[Faults, int], Fault], step: int, anyio_backend_name: str
+) -> None:
+    """Many of one tale, others on each event loop."""
+    tale = Tale(in_schema())
+    first = 1 if anyio_backend_name == "asyncio" else 1 + step // 2
+    tale.planned = [plan(tale.faults, nth) for nth in range(first, CALLS_MAX, step)]
+    await tale.told()
+    assert tale.hits > 5
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@in_real_time
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [(without_effect, None), (late, "apply"), *((after_effect(name), name) for name in WITH_EFFECT)],
+    ids=["without effect", "late", *WITH_EFFECT],
+)
+async def test_the_nth_call_of_postgresql_fails(
+    in_schema: Callable[[], Database], plan: Callable[[Faults, int], Fault], name: CallName | None
+) -> None:
+    await until_none_is_left(plan, name, new=in_schema)

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from http_rig import Server, conversations, free_port, serving, started
+from places import Place, place_of
 
 pytestmark = pytest.mark.anyio
 
@@ -72,16 +73,27 @@ class Sender:
         return counts == {each["session_id"]: len(each["messages"]) for each in self._left}
 
 
-def start(kind: str, storage: str, port: int) -> Start:
+def start(kind: str, place: Place, port: int) -> Start:
     if kind == "fastapi":
-        command = [sys.executable, str(Path(__file__).parent / "http_parent.py"), storage, str(port)]
+        command = [sys.executable, str(Path(__file__).parent / "http_parent.py"), place.url, str(port)]
         return partial(started, command, 1)
-    return partial(serving, "--storage", storage, "--loop", kind, port=port)
+    directory = place.config().journal.directory
+    environ = {} if directory is None else {"AGENT_RUNTIME__JOURNAL__DIRECTORY": directory}
+    return partial(serving, "--storage", place.url, "--loop", kind, port=port, environ=environ)
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "trio", "fastapi"])
-async def test_conversations_survive_a_restart_in_their_midst(kind: str, tmp_path: Path) -> None:
-    start_server = start(kind, f"sqlite:///{tmp_path / 'sessions.db'}", free_port())
+@pytest.mark.parametrize(
+    ("kind", "database"),
+    [
+        ("asyncio", "sqlite"),
+        ("trio", "sqlite"),
+        ("fastapi", "sqlite"),
+        pytest.param("asyncio", "postgresql", marks=pytest.mark.long),
+        ("trio", "postgresql"),
+    ],
+)
+async def test_conversations_survive_a_restart_in_their_midst(kind: str, database: str, tmp_path: Path) -> None:
+    start_server = start(kind, place_of(database, tmp_path), free_port())
     given = conversations()
     half = sum(len(each["messages"]) for each in given) // 2
     sender = Sender()

@@ -20,7 +20,7 @@ import anyio
 import pytest
 
 from agent_runtime import BlockingRuntime, InvalidInput, LeaseHeld, Message, open_runtime_blocking
-from places import Place, in_file, place_fixture
+from places import Place, in_file, place_fixture, place_of
 
 CHILDREN = Path(__file__).with_name("children.py")
 THREADS = 16
@@ -32,7 +32,7 @@ place = place_fixture()
 @contextmanager
 def child(name: str, loop: str, place: Place) -> Iterator[subprocess.Popen[str]]:
     """A process of children.py. It is killed at the end, if it still is there."""
-    command = [sys.executable, str(CHILDREN), name, loop, place.url]
+    command = [sys.executable, str(CHILDREN), name, loop, place.url, place.config().journal.directory or ""]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -49,8 +49,10 @@ def facts(process: subprocess.Popen[str]) -> dict[str, Any]:
     return reported
 
 
-def test_nothing_is_left_of_cancelled_calls(tmp_path: Path, anyio_backend: str) -> None:
-    with child("cancel", anyio_backend, in_file(tmp_path)) as process:
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_nothing_is_left_of_cancelled_calls(tmp_path: Path, kind: str, anyio_backend: str) -> None:
+    place = place_of(kind, tmp_path)
+    with child("cancel", anyio_backend, place) as process:
         found = facts(process)
         ended_at = facts(process)["ended_at"]
         assert process.wait(timeout=10) == 0
@@ -65,6 +67,7 @@ def test_nothing_is_left_of_cancelled_calls(tmp_path: Path, anyio_backend: str) 
     assert found["closed"]["files"] <= found["before_open"]["files"]
     assert (found["lost"], found["unknown"], found["twice"]) == ([], [], 0)
     assert min(found["cancelled"].values()) >= 20
+    assert found["queries"] == []
 
 
 def test_a_killed_holder_is_followed_at_once_and_what_it_stored_is_there(tmp_path: Path, anyio_backend: Any) -> None:

@@ -15,7 +15,7 @@ import typer
 from agent_runtime.changes import Batch, Change, Receipt
 from agent_runtime.errors import ConfigError, InvalidInput, PluginError
 from agent_runtime.hookspecs import HookSpecs, hookimpl
-from agent_runtime.plugins import PluginManager
+from agent_runtime.plugins import CheckedFactory, PluginManager
 from agent_runtime.records import NewMessage
 from agent_runtime.storage import Storage, StorageConfig, StorageFactory
 
@@ -265,9 +265,13 @@ async def factory(config: StorageConfig) -> AsyncIterator[Storage]:
 
 def test_storage_for_a_url() -> None:
     manager = loaded(plugin(storages=lambda: {"demo": factory, "demo+driver": print}))
-    assert manager.storage_for("demo:") is factory
-    assert manager.storage_for("DEMO://h:5/x") is factory
-    assert manager.storage_for("demo+driver:///x") is cast("StorageFactory", print)
+
+    def found(url: str) -> object:
+        return cast("CheckedFactory", manager.storage_for(url)).function
+
+    assert found("demo:") is factory
+    assert found("DEMO://h:5/x") is factory
+    assert found("demo+driver:///x") is cast("StorageFactory", print)
 
 
 @pytest.mark.parametrize(

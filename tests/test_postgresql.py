@@ -383,8 +383,9 @@ async def test_commits_that_complete_after_the_reconnect(schema: str) -> None:
 # Calls that are cancelled
 
 
+@pytest.mark.parametrize("rounds", [3, pytest.param(25, marks=pytest.mark.long)])
 async def test_no_query_runs_on_after_it_was_cancelled(
-    schema: str, opener: Opener, monkeypatch: pytest.MonkeyPatch
+    schema: str, opener: Opener, monkeypatch: pytest.MonkeyPatch, rounds: int
 ) -> None:
     threads = threading.active_count()
     async with opener() as storage:
@@ -396,7 +397,7 @@ async def test_no_query_runs_on_after_it_was_cancelled(
                     await view.switches("a")
 
             started = time.monotonic()
-            for _ in range(3):
+            for _ in range(rounds):
                 with anyio.move_on_after(0.15) as scope:
                     async with anyio.create_task_group() as group:
                         for _ in range(8):
@@ -409,6 +410,22 @@ async def test_no_query_runs_on_after_it_was_cancelled(
             assert not await view.switches("a")
     assert threading.active_count() <= threads
     assert server().rows("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", schema) == [(0,)]
+
+
+async def test_of_a_begin_that_was_cancelled_no_transaction_is_left(schema: str) -> None:
+    """The driver learns only from the server's answer that there is one."""
+    with proxied(url_of(schema, application_name=schema)) as proxy:
+        async with open_postgresql(StorageConfig(url=proxy.url)) as storage:
+            proxy.slow_down(0.1)
+            with anyio.move_on_after(0.05) as scope:
+                async with storage.snapshot():
+                    pass
+            assert scope.cancelled_caught
+            assert storage.figures().in_use == 0
+            await anyio.sleep(0.3)
+            assert activity(schema) == []
+            async with storage.snapshot() as view:
+                assert view.watermark == 0
 
 
 async def test_a_batch_that_is_cancelled_is_undone(schema: str, opener: Opener) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import ssl
 import subprocess
@@ -12,15 +13,19 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import anyio
+import msgspec
 import pytest
 import trustme
 
+import agent_runtime_postgresql
 import agent_runtime_sql.schema
+from agent_runtime import load_config
 from agent_runtime.errors import AgentRuntimeError, InvalidInput, StorageFatal, StorageUnavailable
 from agent_runtime.storage import StorageConfig, Survival
 from agent_runtime.testing.kit.writer import writing
 from agent_runtime_postgresql import agent_runtime_storages, open_postgresql
-from agent_runtime_postgresql.settings import parse_settings
+from agent_runtime_postgresql.settings import Settings, parse_settings
+from places import in_schema
 from postgres_proxy import proxied
 from postgres_server import (
     PASSWORD_USER,
@@ -326,3 +331,41 @@ def test_a_server_without_fsync_survives_nothing(own_server: Server, caplog: pyt
     own_server.execute("SELECT pg_reload_conf()")
     assert anyio.run(survives) == "nothing"
     assert "fsync=off" in caplog.text
+
+
+# Documents
+
+DOCUMENT = Path(agent_runtime_postgresql.__file__).parent / "README.md"
+CONFIG = Path(__file__).parent.parent / "configs" / "postgresql.yaml"
+
+
+def test_the_options_and_parameters_are_described() -> None:
+    text = DOCUMENT.read_text()
+    options = dict(re.findall(r"^\| `(\w+)` \| `([\w.-]+)` \|", text, re.MULTILINE))
+    fields = msgspec.structs.fields(Settings)
+    assert options == {field.name: f"{field.default}" for field in fields if not field.required}
+    (named,) = re.findall(r"\*\*libpq's parameters\*\*.*?Any other is refused", text, re.DOTALL)
+    for name in re.findall(r"`([a-z_]+)`", named):
+        with pytest.raises(InvalidInput) as caught:
+            parse_settings(StorageConfig(url=f"postgresql://db/app?{name}=x", options={"no": "such"}))
+        assert "nearest" not in caught.value.problem or caught.value.path == "storage.options.no", name
+
+
+def test_the_queries_of_the_document_run(anyio_backend: Any, tmp_path: Path) -> None:
+    place = in_schema(tmp_path)
+    with place.open_blocking(loop=anyio_backend) as runtime:
+        session = runtime.create_session("s1", user_id="ada")
+        session.append("assistant", tool_calls=[{"id": "c", "function": {"name": "f"}}])
+    (schema,) = re.findall(r"schema=(\w+)", place.url)
+    (block,) = re.findall(r"```sql\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    queries = [query for query in block.split(";") if query.strip()]
+    assert len(queries) == 3
+    for query in queries:
+        assert server().rows(query, schema=schema), query
+
+
+def test_the_example_of_a_configuration_is_accepted() -> None:
+    config = load_config(CONFIG, environ={})
+    settings = parse_settings(StorageConfig(url=config.storage.url, options=dict(config.storage.options)))
+    assert settings.name == "the database agent_runtime at localhost:5432"
+    assert config.journal.directory == "data/journal"

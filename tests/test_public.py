@@ -98,7 +98,7 @@ def test_the_public_names_are_these() -> None:
     assert all(hasattr(agent_runtime, name) for name in PUBLIC)
 
 
-@pytest.mark.parametrize("name", ["storage", "rows", "changes", "hookspecs", "bridge", "process", "testing"])
+@pytest.mark.parametrize("name", ["storage", "rows", "changes", "hookspecs", "bridge", "keyed", "process", "testing"])
 def test_the_modules_for_authors_of_plugins_say_what_is_in_them(name: str) -> None:
     assert re.search(rf"`(agent_runtime\.)?{name}`", agent_runtime.__doc__ or "")
     module = importlib.import_module(f"agent_runtime.{name}")
@@ -113,7 +113,7 @@ def test_importing_it_imports_no_database_no_http_and_no_plugin() -> None:
     }  # fmt: skip
     program = f"""
         import sys
-        import agent_runtime, agent_runtime.testing, agent_runtime.bridge, agent_runtime.process
+        import agent_runtime, agent_runtime.testing, agent_runtime.bridge, agent_runtime.keyed, agent_runtime.process
         found = {unwanted!r} & set(sys.modules)
         assert not found, found
         with agent_runtime.open_runtime_blocking("memory:") as runtime:

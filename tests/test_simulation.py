@@ -118,12 +118,12 @@ def synced_moves_after_a_failed_sync() -> Any:
 
 
 MUTANTS: dict[Callable[[], Any], int] = {
-    acknowledged_before_it_is_written: 4,
-    cut_before_it_is_stored: 4,
-    cut_before_the_commit_is_power_safe: 0,
-    a_sequence_is_used_again_after_a_lost_tail: 6,
-    a_sequence_is_used_again_after_a_failed_write: 10,
-    synced_moves_after_a_failed_sync: 3,
+    acknowledged_before_it_is_written: 3,
+    cut_before_it_is_stored: 3,
+    cut_before_the_commit_is_power_safe: 1,
+    a_sequence_is_used_again_after_a_lost_tail: 11,
+    a_sequence_is_used_again_after_a_failed_write: 3,
+    synced_moves_after_a_failed_sync: 6,
 }
 """Ways to break it, each with a seed that tells. A change of the code may make it another one: then all are tried."""
 

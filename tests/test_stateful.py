@@ -39,9 +39,11 @@ from agent_runtime import (
 from agent_runtime.storage import StorageFactory
 from agent_runtime.testing import Fault
 from agent_runtime_memory import MemoryDatabase
+from agent_runtime_postgresql import open_postgresql
 from agent_runtime_sqlite import open_sqlite
 from model import Model, ModelSession, Outcome
 from places import in_file
+from postgres_server import migrated_schema, url_of
 from rig import MeteredFaults, audit, audit_at_rest, config, opened, quiet
 
 T = TypeVar("T")
@@ -98,17 +100,23 @@ class Machine(RuleBasedStateMachine):
         self.opened: AbstractContextManager[Runtime]
         self.runtime: Runtime
         self.factory: StorageFactory
+        self.journal: dict[str, str] = {}
         if storage == "memory":
             self.url, self.factory = "memory:", MemoryDatabase().open
         else:
             directory = self.stack.enter_context(TemporaryDirectory())
-            self.url, self.factory = in_file(Path(directory)).url, open_sqlite
+            self.journal["directory"] = f"{directory}/journal"
+            if storage == "sqlite":
+                self.url, self.factory = in_file(Path(directory)).url, open_sqlite
+            else:
+                self.url, self.factory = url_of(migrated_schema()), open_postgresql
 
     @initialize(tail_messages=st.integers(1, 5), bytes_max=st.sampled_from([0, 9_000, 65_536]), batch=st.integers(1, 9))
     def begin(self, tail_messages: int, bytes_max: int, batch: int) -> None:
         self.sections: dict[str, dict[str, Any]] = {
             "residents": {"tail_messages": tail_messages},
             "write_behind": {"interval_s": 1e6, "batch_changes": batch},
+            "journal": self.journal,
         }
         self.bytes_max = bytes_max
         self.open()
@@ -586,7 +594,7 @@ def _no_long_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-@pytest.mark.parametrize(("storage", "examples"), [("memory", 30), ("sqlite", 8)])
+@pytest.mark.parametrize(("storage", "examples"), [("memory", 30), ("sqlite", 8), ("postgresql", 4)])
 def test_runtime_and_storage_do_what_the_model_does(loop: str, storage: str, examples: int) -> None:
     check(loop, storage, examples, steps=40)
 
@@ -594,6 +602,6 @@ def test_runtime_and_storage_do_what_the_model_does(loop: str, storage: str, exa
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-@pytest.mark.parametrize(("storage", "examples"), [("memory", 1500), ("sqlite", 200)])
+@pytest.mark.parametrize(("storage", "examples"), [("memory", 1500), ("sqlite", 200), ("postgresql", 100)])
 def test_for_long(loop: str, storage: str, examples: int) -> None:
     check(loop, storage, examples, steps=100)

@@ -39,6 +39,7 @@ from agent_runtime_http.torture.run import Options, torture
 from agent_runtime_http.torture.state import State, tag_of
 from agent_runtime_http.torture.tracked import Tracked, next_call
 from http_rig import environment
+from postgres_server import migrated_schema, server, url_of
 
 WORKING_SEED = next(
     seed for seed in range(1000) if (plan := next(plans(seed, failpoints=False))).kind == "load" and plan.delay_s > 0.6
@@ -81,6 +82,20 @@ def test_three_hundred_killed_servers_lose_nothing_wherever_they_die(tmp_path: P
     assert figures | UNHARMED == figures, said
     assert code == 0
     assert set(POINTS) | {"start", "recovery", "reading", "load", "stop"} == set(figures["kills"])
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("cycles", [3, pytest.param(100, marks=pytest.mark.long)])
+def test_killed_servers_lose_nothing_on_postgresql(tmp_path: Path, cycles: int) -> None:
+    schema = migrated_schema()
+    arguments = ["--cycles", f"{cycles}", "--seed", "5", "--failpoints", "--keep", str(tmp_path)]
+    code, figures, said = tortured(*arguments, "--storage", url_of(schema), timeout_s=1400)
+    assert figures | UNHARMED == figures, said
+    assert (code, figures["cycles"]) == (0, cycles)
+    assert sum(figures["kills"].values()) >= cycles * 3 // 4  # one that is told to stop may have stopped before
+    assert figures["acknowledged"] > 10 * cycles
+    assert server().rows("SELECT count(*) FROM sessions", schema=schema) == [(0,)]
+    assert (tmp_path / "journal").is_dir()
 
 
 def test_a_database_of_its_own_is_left_empty_and_one_that_has_sessions_alone(tmp_path: Path) -> None:

@@ -128,20 +128,21 @@ class Database:
                 lost = is_lost(exc)
                 if lost:
                     connection.drop()
-                await self.give_back(connection)
+                await self.give_back(connection, unsure=False)
                 if not lost or not left:
                     raise
             else:
                 return connection
         raise StorageUnavailable(f"{self.name} ends every connection at once")
 
-    async def give_back(self, connection: Connection) -> None:
+    async def give_back(self, connection: Connection, *, unsure: bool = False) -> None:
         """Undo the transaction, if it is not committed, and put the connection back; drop it if that fails.
 
-        It waits for what a cancellation has left running: the driver has asked the server to end it.
+        It waits for what a cancellation has left running: the driver has asked the server to end it. `unsure`: that may
+        be the BEGIN, of which the driver knows nothing before it is answered.
         """
         try:
-            if connection.driver.is_in_transaction():
+            if unsure or connection.driver.is_in_transaction():
                 await _whole(connection.driver.execute("ROLLBACK", timeout=_CLEANUP_TIMEOUT_S))
         except Exception as exc:  # noqa: BLE001 - what counts has failed or succeeded before
             logger.debug("a connection to %s is dropped: %s", self.name, type(exc).__name__)

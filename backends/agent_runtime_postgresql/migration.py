@@ -41,13 +41,19 @@ async def migrate_alone(settings: Settings, begin: str) -> None:
     try:
         await driver.execute(f"{begin}; SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = {_WAIT_MS}")
         await driver.execute(f"SELECT pg_advisory_xact_lock({_LOCK})", timeout=2 * _WAIT_MS / 1000)
-        if settings.schema is not None:
-            await driver.execute(f'CREATE SCHEMA IF NOT EXISTS "{settings.schema}"')
+        if settings.schema is not None and not await _has_schema(driver, settings.schema):
+            await driver.execute(f'CREATE SCHEMA "{settings.schema}"')
         async with _borrowing(driver).connect() as connection:
             await connection.run_sync(migrate, settings.name)
             await driver.execute("COMMIT")
     finally:
         driver.terminate()
+
+
+async def _has_schema(driver: Driver, schema: str) -> bool:
+    """By the table itself: IF NOT EXISTS goes by what the connection knew before it waited for the lock."""
+    found: int = await driver.fetchval("SELECT count(*) FROM pg_catalog.pg_namespace WHERE nspname = $1", schema)
+    return found > 0
 
 
 def _borrowing(driver: Driver) -> AsyncEngine:

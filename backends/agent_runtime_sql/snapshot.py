@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import starmap
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -40,7 +41,7 @@ from .reads import (
     select_outcomes,
     select_sessions,
 )
-from .rows import struct_of
+from .rows import maker_of, struct_of
 from .transaction import Transaction
 from .writes import SEQ_MAX
 
@@ -49,7 +50,7 @@ __all__ = ["Call", "SqlSnapshot", "read_watermark"]
 Item = TypeVar("Item", bound=msgspec.Struct)
 T = TypeVar("T")
 P = ParamSpec("P")
-_PIECE_ROWS: Final = 200
+_PIECE_ROWS: Final = 1000
 _SESSION_COLUMNS: Final = len(SessionRow.__struct_fields__)
 
 
@@ -144,8 +145,9 @@ async def _rows(
 ) -> list[Item]:
     found = await transaction.fetch(statement, parameters)
     rows: list[Item] = []
+    make = maker_of(kind)
     for start in range(0, len(found), _PIECE_ROWS):
-        rows.extend(struct_of(kind, row) for row in found[start : start + _PIECE_ROWS])
+        rows.extend(starmap(make, found[start : start + _PIECE_ROWS]))
         await asyncio.sleep(0)
     return rows
 

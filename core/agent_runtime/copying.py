@@ -75,10 +75,14 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Source(NamedTuple):
-    """A database that nobody writes to: where it stands, and how much is in it by what its sessions say."""
+    """A database that nobody writes to: where it stands, and how much is in it by what its sessions say.
+
+    `epoch` is that of the lease that keeps others away.
+    """
 
     storage: Storage
     database_id: str
+    epoch: int
     sequence: int
     sessions: int
     messages: int
@@ -87,6 +91,10 @@ class Source(NamedTuple):
     def copy_id(self) -> str:
         """What a target knows a copy of it by."""
         return f"{_FORM}:{self.database_id}:{self.sequence}"
+
+    def has(self, lease: LeaseRow) -> bool:
+        """Whether this is our lease. Databases may share an id, when one was made from a copy of the other's file."""
+        return (lease.database_id, lease.epoch) == (self.database_id, self.epoch) and lease.holder is not None
 
 
 # --- the source -------------------------------------------------------------------------------------------------------
@@ -106,19 +114,20 @@ async def quiet(storage: Storage, journal: JournalFiles | None) -> AsyncIterator
     """
     async with _locked(storage, journal):
         lease = LeaseKeeper(storage.leases, _LEASE_S)
-        row, sequence = await _hold(storage, lease)
+        row = await _hold(storage, lease)
+        epoch, sequence = lease.grant.fence.epoch, lease.grant.sequence
         try:
             await _check_stored(storage, journal, row, sequence)
             async with _renewed(lease):
                 sessions, messages = await _survey(storage)
-                yield Source(storage, row.database_id, sequence, sessions, messages)
+                yield Source(storage, row.database_id, epoch, sequence, sessions, messages)
         finally:
             with anyio.CancelScope(shield=True):
                 await lease.release()
 
 
-async def _hold(storage: Storage, lease: LeaseKeeper) -> tuple[LeaseRow, int]:
-    """Take the lease: its row as it was before, and the database's sequence.
+async def _hold(storage: Storage, lease: LeaseKeeper) -> LeaseRow:
+    """Take the lease. Returns its row as it was before.
 
     It is taken for the journal that it was held for before, and that journal's row stays as it is: the database goes on
     to say where changes may be that it lacks.
@@ -132,7 +141,7 @@ async def _hold(storage: Storage, lease: LeaseKeeper) -> tuple[LeaseRow, int]:
         identity = None if known is None else (known.journal_id, known.generation)
         await lease.acquire(claim_of(_LEASE_S, None, identity))
         if lease.grant.fence.epoch == row.epoch + 1:
-            return row, lease.grant.sequence
+            return row
         await lease.release()  # somebody had it between the question and the grant
 
 
@@ -249,8 +258,8 @@ async def copy(
     """
     async with target.snapshot() as snapshot:
         row = await snapshot.lease()
-    if row is not None and row.database_id == source.database_id:
-        raise InvalidInput("target", "is the database that is to be copied, or a copy of its file")
+    if row is not None and source.has(row):
+        raise InvalidInput("target", "is the database that is to be copied")
     async with _locked(target, journal):
         lease = await _begin(source, target, journal)
         work = _Copy(source, target, lease.grant, now, progress)

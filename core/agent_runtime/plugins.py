@@ -86,20 +86,20 @@ class HookCall(NamedTuple):
         return self.function(*[arguments[name] for name in self.argnames])
 
 
-class CheckedFactory(NamedTuple):
+class CheckedFactory:
     """The factory of a plugin for one scheme; what it opens is a storage, or the plugin is named."""
 
-    plugin: str
-    scheme: str
-    function: StorageFactory
+    def __init__(self, plugin: str, scheme: str, function: StorageFactory) -> None:
+        self.function = function
+        self._plugin = plugin
+        self._scheme = scheme
+
+    def __call__(self, config: StorageConfig) -> AbstractAsyncContextManager[Storage]:
+        """Opens the storage, or raises a PluginError if it is none."""
+        return self._opened(config)
 
     @asynccontextmanager
-    async def __call__(self, config: StorageConfig) -> AsyncIterator[Storage]:
-        """Open the storage.
-
-        Raises:
-            PluginError: it is none.
-        """
+    async def _opened(self, config: StorageConfig) -> AsyncIterator[Storage]:
         opening: object = self.function(config)
         if not isinstance(opening, AbstractAsyncContextManager):
             if inspect.iscoroutine(opening):
@@ -113,7 +113,7 @@ class CheckedFactory(NamedTuple):
             yield storage
 
     def _refused(self, problem: str) -> PluginError:
-        return PluginError(self.plugin, _STORAGES, f"its factory for {self.scheme!r} {problem}")
+        return PluginError(self._plugin, _STORAGES, f"its factory for {self._scheme!r} {problem}")
 
 
 def _missing(protocol: type, value: object, prefix: str = "") -> list[str]:

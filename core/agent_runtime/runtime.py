@@ -461,6 +461,7 @@ async def open_runtime(
                     generation=identity.generation,
                     database_id=lease.grant.database_id,
                     after=max(sequence, directory.end),
+                    stored=sequence,
                     segment_bytes=config.journal.segment_bytes,
                     retain_s=config.journal.retain_s,
                     pending_bytes=lambda: budget.used,

@@ -1,0 +1,194 @@
+"""A PostgreSQL server stops under load and comes back: nothing is lost, nobody is kept waiting, nobody needs to act."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+from urllib.parse import urlsplit
+
+import anyio
+import pytest
+
+import postgres_server
+from agent_runtime import Config, Runtime, SessionHandle, StorageUnavailable, open_runtime
+from postgres_server import new_schema, temporary_directory
+
+pytestmark = pytest.mark.anyio
+
+WRITERS: Final = 16
+PAUSE_S: Final = 0.02
+NEW_EVERY: Final = 10
+RATIO_AT_MOST: Final = 2.0
+ATTEMPTS: Final = 3
+LEASE_S: Final = 2.0
+RECOVERS_S: Final = 30.0
+
+
+class OwnServer:
+    """A server that nobody else uses, which comes back where it was.
+
+    It dies with the thread that started it, as Linux has it; so that is always the same one.
+    """
+
+    def __init__(self, directory: Path, thread: Executor) -> None:
+        self._thread = thread
+        self._running = thread.submit(postgres_server.start, directory).result()
+        self.url = self._running.url
+        self.rows = self._running.rows
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        self._running.stop(how)
+
+    def start(self) -> None:
+        port = urlsplit(self.url).port
+        self._running = self._thread.submit(postgres_server.serve, self._running.directory, None, port).result()
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[OwnServer]:
+    directory = temporary_directory()
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            server = OwnServer(directory, thread)
+            yield server
+            server.stop()
+    finally:
+        shutil.rmtree(directory)
+
+
+class Load:
+    """Callers that append, to sessions that they use all the time and to new ones. `said` is what was acknowledged."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.said: dict[str, list[str]] = {}
+        self.measure()
+        self._runtime = runtime
+        self._texts = count()
+        self._over = False
+
+    async def run(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(WRITERS):
+                tasks.start_soon(self._write, await self._runtime.create_session())
+
+    def stop(self) -> None:
+        self._over = True
+
+    def measure(self) -> dict[str, list[float]]:
+        """What calls take from now on, in seconds."""
+        self.took_s: dict[str, list[float]] = {"warm": [], "new": []}
+        return self.took_s
+
+    async def _write(self, warm: SessionHandle) -> None:
+        for number in count(1):
+            if self._over:
+                return
+            if number % NEW_EVERY == 0:
+                started = perf_counter()
+                session = await self._runtime.create_session()
+                await self._append(session)
+                self.took_s["new"].append(perf_counter() - started)
+            started = perf_counter()
+            await self._append(warm)
+            self.took_s["warm"].append(perf_counter() - started)
+            await anyio.sleep(PAUSE_S)
+
+    async def _append(self, session: SessionHandle) -> None:
+        text = f"text {next(self._texts)}"
+        message = await session.append("user", text, durability="journaled")
+        said = self.said.setdefault(session.session_id, [])
+        said.append(text)
+        assert message.seq == len(said)
+
+
+def p95(samples: list[float]) -> float:
+    return sorted(samples)[int(len(samples) * 0.95)]
+
+
+async def until(runtime: Runtime, state: str) -> None:
+    with anyio.fail_after(RECOVERS_S):
+        while runtime.status().state != state:
+            await anyio.sleep(0.01)
+
+
+async def outage(
+    runtime: Runtime, load: Load, server: OwnServer, how: signal.Signals, lasts_s: float
+) -> dict[str, float]:
+    """The server is away for so long: how much longer appends take meanwhile than before."""
+    before = load.measure()
+    await anyio.sleep(min(lasts_s, 10.0))
+    during = load.measure()
+    await anyio.to_thread.run_sync(server.stop, how)
+    began = anyio.current_time()
+    await until(runtime, "degraded")
+    stored = runtime.watermarks.stored
+    with pytest.raises(StorageUnavailable):
+        await runtime.get_session("never loaded")
+    await anyio.sleep_until(began + lasts_s)
+    load.measure()
+    status = runtime.status()
+    assert (status.state, status.watermarks.stored) == ("degraded", stored)
+    assert status.pending.changes > WRITERS * lasts_s
+    assert status.pending.oldest_age_s > lasts_s * 0.8
+    await anyio.to_thread.run_sync(server.start)
+    await until(runtime, "running")
+    with anyio.fail_after(RECOVERS_S):
+        while runtime.status().lease.unreachable:
+            await anyio.sleep(0.01)
+    ratios = {name: p95(during[name]) / p95(before[name]) for name in before}
+    print(*(f"{name}: {p95(before[name]) * 1e6:.0f} µs, then {p95(during[name]) * 1e6:.0f} µs" for name in before))
+    print(
+        f"{sum(map(len, during.values()))} calls during the outage, {status.pending.changes} changes unstored; {ratios}"
+    )
+    return ratios
+
+
+async def check(runtime: Runtime, said: dict[str, list[str]]) -> None:
+    """Every session has what was said in it, once, in order."""
+    found = {}
+    async for record in runtime.scan_sessions():
+        session = await runtime.get_session(record.session_id)
+        found[record.session_id] = [message.content async for message in session.scan_messages()]
+    assert found == said
+
+
+@pytest.mark.parametrize(("anyio_backend", "how"), [("asyncio", signal.SIGINT), ("trio", signal.SIGQUIT)])
+@pytest.mark.parametrize("lasts_s", [2.0, pytest.param(60.0, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
+async def test_a_server_stops_under_load_and_comes_back(
+    own_server: OwnServer, tmp_path: Path, how: signal.Signals, lasts_s: float
+) -> None:
+    """Stopped in an orderly way, or as by a crash."""
+    schema = new_schema()
+    config = Config.of(
+        f"{own_server.url}?schema={schema}",
+        journal={"directory": str(tmp_path / "journal")},
+        write_behind={"interval_s": 0.2},
+        lease={"duration_s": LEASE_S},
+    )
+    async with open_runtime(config) as runtime:
+        load = Load(runtime)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(load.run)
+            for _ in range(ATTEMPTS):  # the machine may have had something else to do
+                ratios = await outage(runtime, load, own_server, how, lasts_s)
+                if max(ratios.values()) <= RATIO_AT_MOST:
+                    break
+            load.stop()
+        assert max(ratios.values()) <= RATIO_AT_MOST, ratios
+        await runtime.flush()
+        assert runtime.status().pool.in_use == 0
+        await check(runtime, load.said)
+    query = (
+        "SELECT session_id, array_agg(content ORDER BY seq) FROM messages JOIN sessions USING (incarnation) GROUP BY 1"
+    )
+    rows = await anyio.to_thread.run_sync(partial(own_server.rows, query, schema=schema))
+    assert dict(rows) == load.said
+    async with open_runtime(config) as runtime:
+        await check(runtime, load.said)
