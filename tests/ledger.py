@@ -36,6 +36,7 @@ class Ledger:
         self._sequences: set[int] = set()
         self._last = 0
         self._outcomes: dict[tuple[str, str], Change] = {}
+        self._refused: dict[tuple[str, int], tuple[Change, bool]] = {}
 
     def accept(self, frames: Sequence[tuple[int, bytes]]) -> list[Change]:
         """The log has taken these changes."""
@@ -64,15 +65,28 @@ class Ledger:
                 raise Broken(f"changes {self._outcomes[key].sequence} and {change.sequence} are of one keyed call")
             self._outcomes[key] = change
 
+    def refuse(self, frames: Sequence[tuple[int, bytes]], *, used_up: bool) -> None:
+        """The log could not take these changes, and said so; their sequences may be `used_up` by that."""
+        for sequence, data in frames:
+            change = decode_change(data)
+            self._refused[change.incarnation, sequence] = change, used_up
+
     def require(self, sequence: int) -> None:
         """Something happened that everything up to this sequence has to survive."""
         self.must_have = min(self.must_have, sequence)
 
-    def settle(self, found: Mapping[str, int], end: int) -> None:
+    def settle(self, found: Mapping[str, int], end: int, *, power_lost: bool) -> None:
         """A process has opened everything again: incarnations, and the sequence of the change at which each stands.
 
-        What lies behind `end` is lost: the log goes on from there.
+        What lies behind `end` is lost: the log goes on from there. A refused change may be there after all, if nothing
+        behind it had to survive: the disk took it and would not give it back, and what says that it is void is lost
+        with the power, or could not be written any more.
         """
+        for place in found.items():
+            change, used_up = self._refused.get(place, (None, False))
+            if change is not None and (used_up or power_lost) and change.sequence > self.must_have:
+                self._revive(change)
+        self._refused.clear()
         for incarnation in found.keys() - self._chains.keys():
             raise Broken(f"nobody created the session with the incarnation {incarnation}, or it was lost before")
         for incarnation, chain in list(self._chains.items()):
@@ -92,6 +106,17 @@ class Ledger:
         self.must_have = math.inf
         self._sequences = {sequence for sequence in self._sequences if sequence <= end}
         self._last = max(self._sequences, default=0)
+
+    def _revive(self, change: Change) -> None:
+        if change.sequence in self._sequences:
+            return
+        chain = self._chains.setdefault(change.incarnation, [])
+        kept = [each for each in chain if each.sequence <= change.previous]
+        self._lose(chain[len(kept) :])
+        self._chains[change.incarnation] = [*kept, change]
+        self._sequences.add(change.sequence)
+        if change.outcome is not None:
+            self._outcomes[change.outcome.scope, change.outcome.key] = change
 
     def _lose(self, changes: Iterable[Change]) -> None:
         for change in changes:

@@ -23,7 +23,8 @@ from postgres_server import command, temporary_directory
 
 ENVIRONMENT: Final = "AGENT_RUNTIME_TEST_PGBOUNCER"
 _START_TIMEOUT_S: Final = 10.0
-_CONNECTIONS: Final = 20
+_CONNECTIONS: Final = 6
+"""Fewer than two storages have, so that they share them."""
 # Round robin: so the next transaction meets another connection, also where nobody else is in the way.
 _SETTINGS: Final = """
 [databases]

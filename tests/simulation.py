@@ -139,6 +139,7 @@ class World:
         self.dead = False
         self.held: dict[str, str] = {}
         self._healing = False
+        self._power_lost = False
         self._watermarks = dict.fromkeys(LEVELS, 0)
         self._runtime: Runtime | None = None
         self._scope = trio.CancelScope()
@@ -164,6 +165,7 @@ class World:
             if ours and self.dead:
                 self._stand(frames, "perhaps")
             elif ours:
+                self.ledger.refuse(frames, used_up=log.next > frames[0][0])
                 self.tell(f"refused {frames[0][0]}: {error}")
             raise
         if ours:
@@ -200,6 +202,7 @@ class World:
                 self.disk.crash()
                 self.database.crash()
             case "power":
+                self._power_lost = True
                 self.disk.lose_power()
                 self.database.lose_power()
             case "journal":
@@ -309,7 +312,9 @@ class World:
             return
         self.tell(f"opened at {runtime.watermarks}, must have {self.ledger.must_have}")
         self._check_sequences(runtime)
-        self.ledger.settle({row.incarnation: row.sequence for row in rows}, runtime.watermarks.accepted)
+        found = {row.incarnation: row.sequence for row in rows}
+        self.ledger.settle(found, runtime.watermarks.accepted, power_lost=self._power_lost)
+        self._power_lost = False
         self._runtime = runtime
         self._watermarks = dict.fromkeys(LEVELS, 0)
         self.note_watermarks()

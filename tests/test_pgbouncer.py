@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -46,11 +47,13 @@ def test_a_connection_is_another_one_after_each_transaction(pooled: str) -> None
     """What the others stand on."""
 
     async def pids() -> set[int]:
-        connection = await asyncpg.connect(pooled, statement_cache_size=0)
+        connections = [await asyncpg.connect(pooled, statement_cache_size=0) for _ in range(3)]
         try:
-            return {await connection.fetchval("SELECT pg_backend_pid()") for _ in range(10)}
+            await asyncio.gather(*(each.execute("SELECT pg_sleep(0.2)") for each in connections))  # side by side
+            return {await connections[0].fetchval("SELECT pg_backend_pid()") for _ in range(10)}
         finally:
-            await connection.close()
+            for connection in connections:
+                await connection.close()
 
     assert len(anyio.run(pids)) >= 3
 
@@ -64,6 +67,6 @@ async def test_connections_ended_in_the_middle_of_200_commits(pooled: str) -> No
 
 def test_without_a_pgbouncer_these_tests_fail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(pgbouncer.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(pgbouncer.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match="no PgBouncer: install it"), bounced(f"postgresql://{tmp_path.name}"):
         pass

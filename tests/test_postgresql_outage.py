@@ -82,11 +82,12 @@ class Load:
         self._over = True
 
     def measure(self) -> dict[str, list[float]]:
-        """What calls take from now on, in seconds."""
-        self.took_s: dict[str, list[float]] = {"warm": [], "new": []}
+        """What calls take from now on, in seconds; `due` counts from when they were to be made."""
+        self.took_s: dict[str, list[float]] = {"warm": [], "new": [], "due": []}
         return self.took_s
 
     async def _write(self, warm: SessionHandle) -> None:
+        due = perf_counter()
         for number in count(1):
             if self._over:
                 return
@@ -98,6 +99,8 @@ class Load:
             started = perf_counter()
             await self._append(warm)
             self.took_s["warm"].append(perf_counter() - started)
+            self.took_s["due"].append(perf_counter() - due)
+            due = perf_counter() + PAUSE_S
             await anyio.sleep(PAUSE_S)
 
     async def _append(self, session: SessionHandle) -> None:

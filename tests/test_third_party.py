@@ -101,13 +101,16 @@ def ask(url: str, method: str = "GET", body: Any = None) -> Any:
 
 
 @pytest.mark.timeout(600)
-def test_it_passes_the_kit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop", ["asyncio", pytest.param("trio", marks=pytest.mark.long)])
+def test_it_passes_the_kit(tmp_path: Path, loop: str) -> None:
     environ = installed(tmp_path)
     shutil.copy(DUCKDB / "test_agent_runtime_duckdb.py", tmp_path)
-    code, said = kit(tmp_path, environ, "test_agent_runtime_duckdb.py")
+    code, said = kit(tmp_path, environ, "test_agent_runtime_duckdb.py", "-k", loop)
     assert code == 0, said
-    assert re.search(r"^\d{3} passed in [^,]*$", said, re.MULTILINE), said
-    assert all(f"test_figures[{loop}]" in said for loop in ("asyncio", "trio"))
+    passed = re.search(r"^(\d+) passed, \d+ deselected in [^,]*$", said, re.MULTILINE)
+    assert passed, said
+    assert int(passed[1]) > 70
+    assert f"test_figures[{loop}]" in said
 
 
 def test_it_is_found_by_its_scheme_and_serves_a_conversation(tmp_path: Path) -> None:

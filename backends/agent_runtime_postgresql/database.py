@@ -128,7 +128,7 @@ class Database:
                 lost = is_lost(exc)
                 if lost:
                     connection.drop()
-                await self.give_back(connection, unsure=False)
+                await self.give_back(connection, unsure=not lost)
                 if not lost or not left:
                     raise
             else:

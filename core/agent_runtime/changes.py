@@ -37,7 +37,7 @@ NO_JSON: Final = Raw()
 _NOTHING: Final[Mapping[int, str]] = {}
 
 
-class EncodedMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+class EncodedMessage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A `records.Message` on the wire, its JSON values left encoded. Field for field the same JSON."""
 
     seq: int
@@ -68,7 +68,7 @@ class Details(msgspec.Struct, frozen=True, omit_defaults=True):
     metadata: str
 
 
-class Change(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class Change(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One call's effect on one session.
 
     `sequence` is its place in the log, `previous` the sequence of the session's change before it (0: none).

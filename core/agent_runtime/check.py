@@ -270,7 +270,7 @@ class _Check:
 
     async def _pairs(self, snapshot: Snapshot, lease: LeaseRow | None, directory: Directory) -> bool:
         """Whether journal and database belong together: by the rules by which they are opened."""
-        if directory.journal_id is None:
+        if directory.journal_id is None or not directory.segments:
             return False
         row = await snapshot.journal(directory.journal_id)
         if row is not None and row.sequence > snapshot.watermark:

@@ -134,4 +134,3 @@ class Scan:
         self._batch_rows = self._batch_bytes = 0
         if batch:
             await self._take(batch)
-

@@ -1,4 +1,7 @@
-"""For tests of plugins, and of what is built on the runtime: faults of storages and disks, on demand."""
+"""For tests of plugins, and of what is built on the runtime: faults of storages and disks, on demand.
+
+The contract of a storage as tests is `agent_runtime.testing.kit`, which needs pytest; this package does not.
+"""
 
 from __future__ import annotations
 
