@@ -341,7 +341,7 @@ def test_half_a_write_is_waited_for(left: Left, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def writing(shell: Shell) -> Any:
     """A process that writes as fast as it can."""
-    command = [sys.executable, str(CHILDREN), "hold", "asyncio", f"sqlite:///{shell.database}"]
+    command = [sys.executable, str(CHILDREN), "hold", "asyncio", f"sqlite:///{shell.database}", ""]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "AGENT_RUNTIME__JOURNAL__SEGMENT_BYTES": "4096",
