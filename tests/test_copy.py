@@ -291,7 +291,7 @@ async def small_source() -> MemoryDatabase:
                 messages=tuple(message_row(incarnation, seq) for seq in (1, 2, 3)),
                 outcomes=(outcome_row(incarnation, "k"), outcome_row("create", incarnation)),
             )
-        await writer.apply(quarantined=(quarantine_row(1), quarantine_row(4)))
+        await writer.apply(quarantined=tuple(quarantine_row(number) for number in (1, 3, 4)))
         for _ in range(30):
             await writer.apply()
     return database
@@ -301,6 +301,7 @@ async def small_source() -> MemoryDatabase:
 def tiny_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent_runtime.scan._BATCH_ROWS", 3)
     monkeypatch.setattr("agent_runtime.scan._PAGE", 2)
+    monkeypatch.setattr("agent_runtime.scan._PAGE_OF_LARGE", 2)
 
 
 @pytest.mark.usefixtures("tiny_batches")

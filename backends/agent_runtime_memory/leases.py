@@ -64,7 +64,7 @@ def acquire(
 def _pair_journal(partition: Partition, transaction: Transaction, journal_id: str, generation: int) -> None:
     """Write the journal's row: a new journal goes on from here, another from where it stood.
 
-    The generation before stays accepted until the first batch, however often the claim is repeated.
+    The last generation that a batch confirmed stays accepted, however many claims came to nothing since.
     """
     row = transaction.get(partition.journals, (journal_id,))
     if row is None:
@@ -77,7 +77,7 @@ def _pair_journal(partition: Partition, transaction: Transaction, journal_id: st
             sequence=sequence,
         )
     elif row.generation != generation:
-        row = replace(row, generation=generation, previous_generation=row.generation)
+        row = replace(row, generation=generation)
     transaction.put(partition.journals, (journal_id,), row)
 
 

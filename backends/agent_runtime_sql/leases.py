@@ -130,14 +130,13 @@ async def _locked(transaction: Transaction, partition: int, statements: LeaseSta
 async def _pair_journal(transaction: Transaction, claim: Claim, sequence: int, statements: LeaseStatements) -> None:
     """Write the journal's row: a journal that is new here goes on from `sequence`, another from where it stood.
 
-    The generation before stays accepted until the first batch; so a claim that is repeated must not displace it.
+    The last generation that a batch confirmed stays accepted, however many claims came to nothing since.
     """
     place = {"partition": claim.partition, "journal_id": claim.journal_id}
     rows = await transaction.fetch(SELECT_JOURNAL, place)
     if not rows:
         previous = claim.generation
     else:
-        _, _, generation, previous_generation, sequence = rows[0]
-        previous = previous_generation if generation == claim.generation else generation
+        _, _, _, previous, sequence = rows[0]
     values = {"generation": claim.generation, "previous_generation": previous, "sequence": sequence}
     await transaction.change(statements.pair, {**place, **values})

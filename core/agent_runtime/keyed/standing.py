@@ -73,7 +73,7 @@ def _paired(standing: Standing, claim: Claim) -> dict[str, JournalRow]:
             sequence=standing.sequence,
         )
     elif row.generation != claim.generation:
-        row = replace(row, generation=claim.generation, previous_generation=row.generation)
+        row = replace(row, generation=claim.generation)
     return {**standing.journals, claim.journal_id: row}
 
 

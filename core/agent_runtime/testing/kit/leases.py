@@ -177,21 +177,21 @@ class LeaseContract(StorageContract):
         async with writing(opener, journal_id="k", generation=1) as writer:
             assert writer.sequence == 2
             await writer.create("c")
-        async with opener() as storage:  # the same generation again: a claim whose answer was lost
+        async with opener() as storage:  # a claim that came to nothing
             await storage.leases.release((await storage.leases.acquire(claim(journal_id="j", generation=2))).fence)
-        async with writing(opener, journal_id="j", generation=2) as writer:
+        async with writing(opener, journal_id="j", generation=3) as writer:
             async with writer.storage.snapshot() as snapshot:
                 granted, another = await snapshot.journal("j"), await snapshot.journal("k")
                 assert await snapshot.journal("l") is None
             assert granted is not None
-            assert (granted.generation, granted.previous_generation, granted.sequence) == (2, 1, 2)
+            assert (granted.generation, granted.previous_generation, granted.sequence) == (3, 1, 2)
             assert another is not None
             assert (another.partition, another.journal_id, another.sequence) == (0, "k", 3)
             await writer.create("d")
             async with writer.storage.snapshot() as snapshot:
                 confirmed, untouched = await snapshot.journal("j"), await snapshot.journal("k")
             assert confirmed is not None
-            assert (confirmed.generation, confirmed.previous_generation, confirmed.sequence) == (2, 2, 4)
+            assert (confirmed.generation, confirmed.previous_generation, confirmed.sequence) == (3, 3, 4)
             assert untouched == another
 
     @needs("openings")
