@@ -135,7 +135,7 @@ class LeaseRow(msgspec.Struct, frozen=True, kw_only=True):
 class JournalRow(msgspec.Struct, frozen=True, kw_only=True):
     """How far one journal has been stored: kept a row a journal, never overwritten by another's.
 
-    `generation` is the one of the last claim, `previous_generation` the last one under which a batch was applied, or the
+    `generation` is that of the last claim, `previous_generation` the last one under which a batch was applied, or the
     first one that was claimed: a journal that is older than that is a copy that was left behind.
     """
 
