@@ -98,6 +98,7 @@ def test_killed_servers_lose_nothing_on_postgresql(tmp_path: Path, cycles: int) 
     assert (tmp_path / "journal").is_dir()
 
 
+@pytest.mark.long
 def test_a_database_of_its_own_is_left_empty_and_one_that_has_sessions_alone(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'own.db'}"
     code, figures, said = tortured("--cycles", "1", "--seed", "7", "--storage", storage, "--connections", "2")
@@ -143,6 +144,7 @@ TAMPERED = {
 }
 
 
+@pytest.mark.long
 def test_what_somebody_does_to_the_database_between_two_servers_is_found(tmp_path: Path) -> None:
     def tamper(_: Figures) -> None:
         database = sqlite3.connect(tmp_path / "torture.db")
