@@ -183,10 +183,11 @@ async def everything(session: SessionHandle, *collections: str) -> list[Any]:
     ]
 
 
-def place_fixture(kinds: tuple[str, ...] = KINDS) -> Any:
-    """A fixture that gives a new place of each kind."""
+def place_fixture(kinds: tuple[str, ...] | None = None) -> Any:
+    """A fixture that gives a new place of each kind; unless they are named, PostgreSQL's is left to the `long` run."""
+    slow = pytest.param("postgresql", marks=pytest.mark.long)
 
-    @pytest.fixture(params=kinds)
+    @pytest.fixture(params=kinds or [slow if kind == "postgresql" else kind for kind in KINDS])
     def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         return place_of(request.param, tmp_path)
 

@@ -162,7 +162,10 @@ async def check(runtime: Runtime, said: dict[str, list[str]]) -> None:
     assert found == said
 
 
-@pytest.mark.parametrize(("anyio_backend", "how"), [("asyncio", signal.SIGINT), ("trio", signal.SIGQUIT)])
+@pytest.mark.parametrize(
+    ("anyio_backend", "how"),
+    [("asyncio", signal.SIGINT), pytest.param("trio", signal.SIGQUIT, marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("lasts_s", [2.0, pytest.param(60.0, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
 async def test_a_server_stops_under_load_and_comes_back(
     own_server: OwnServer, tmp_path: Path, how: signal.Signals, lasts_s: float

@@ -188,6 +188,7 @@ def test_a_command_says_so_in_one_line(name: str, tmp_path: Path) -> None:
 # --- liars ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_storage_that_breaks_a_promise_does_not_pass(tmp_path: Path) -> None:
     shutil.copy(STRANGERS / "liars.py", tmp_path)
     code, said = kit(tmp_path, {}, *(f"liars.py::{test}" for test in FOUND_OUT))
