@@ -34,7 +34,7 @@ from .changes import Batch
 from .errors import InvalidInput, JournalError, LeaseHeld, StorageFatal
 from .journal import JournalFiles, read_directory
 from .lease import LeaseKeeper, claim_of
-from .opening import Found, _held, _taken, check_pairing
+from .opening import Found, check_pairing, holder_of, take
 from .rows import OutcomeRow
 from .scan import Rows, Scan, TableSum
 from .storage import Claim, Grant, JournalRow, LeaseRow, SessionKey, Snapshot, Storage
@@ -175,8 +175,8 @@ async def _locked(storage: Storage, journal: JournalFiles | None) -> AsyncIterat
         yield
         return
     try:
-        if _exists(journal) and not _taken(journal):
-            raise await _held(storage, journal)
+        if _exists(journal) and not take(journal):
+            raise await holder_of(storage, journal)
         yield
     finally:
         journal.close()

@@ -24,7 +24,18 @@ from .lease import LeaseKeeper, claim_of
 from .records import Durability
 from .storage import Abilities, JournalRow, LeaseRow, Storage
 
-__all__ = ["Found", "Identity", "Opening", "check_pairing", "claimed", "journal_files", "levels_of"]
+__all__ = [
+    "Found",
+    "Identity",
+    "Opening",
+    "check_pairing",
+    "claimed",
+    "holder_of",
+    "journal_files",
+    "journal_place",
+    "levels_of",
+    "take",
+]
 
 logger: Final = logging.getLogger("agent_runtime.journal")
 
@@ -74,15 +85,20 @@ def levels_of(config: Config, abilities: Abilities, *, journaled: bool) -> tuple
     raise ConfigError([f"write_behind.durability: {level} {reason}: use {' or '.join(levels)}"])
 
 
+def journal_place(config: Config, abilities: Abilities) -> Path | None:
+    """Where the journal would lie, whether it is switched on or not; None: nobody says."""
+    place = config.journal.directory or abilities.journal_directory
+    return None if place is None else Path(place).absolute()
+
+
 def journal_files(config: Config, abilities: Abilities) -> JournalFiles | None:
     """The directory of the journal; None: there is none. One that is there is opened even where the journal is off.
 
     Raises:
         ConfigError: nobody said where it is to lie.
     """
-    place = config.journal.directory or abilities.journal_directory
-    if place is not None:
-        path = Path(place).absolute()
+    path = journal_place(config, abilities)
+    if path is not None:
         if not config.journal.enabled and not path.is_dir():
             return None
         if filesystem := network_filesystem(path):
@@ -111,8 +127,8 @@ async def claimed(
         StorageError: the database can't be asked.
     """
     try:
-        if files is not None and not _taken(files):
-            raise await _held(storage, files)
+        if files is not None and not take(files):
+            raise await holder_of(storage, files)
         directory = None if files is None else read_directory(files)
         identity = None if directory is None else _identity(config, directory)
         lease = await _lease(config, storage, files, directory, identity, address)
@@ -126,7 +142,12 @@ async def claimed(
             files.close()
 
 
-def _taken(files: JournalFiles) -> bool:
+def take(files: JournalFiles) -> bool:
+    """Take the journal's directory; False: another process has it.
+
+    Raises:
+        JournalError: it can't be used.
+    """
     try:
         return files.lock()
     except OSError as error:
@@ -136,7 +157,8 @@ def _taken(files: JournalFiles) -> bool:
         ) from error
 
 
-async def _held(storage: Storage, files: JournalFiles) -> LeaseHeld:
+async def holder_of(storage: Storage, files: JournalFiles) -> LeaseHeld:
+    """The error that names who has the journal's directory, as far as the database knows."""
     async with storage.snapshot() as snapshot:
         row = await snapshot.lease()
     if row is None or row.holder is None:

@@ -9,10 +9,11 @@ import typer
 
 from ..check import Checked, Finding, check
 from ..config import Config
+from ..opening import journal_place
 from ..storage import Storage
 from .exits import FAILED, Failure
 from .options import AsJson, ConfigFile, StorageUrl, load
-from .reading import journal_place, read, still, undisturbed
+from .reading import read, still, undisturbed
 from .terminal import is_terminal, progress
 from .text import json_line, visible
 
@@ -46,7 +47,7 @@ async def _check(storage: Storage, *, config: Config, as_json: bool) -> Checked:
     async with storage.snapshot() as snapshot:
         if await snapshot.lease() is None:
             raise Failure("the database is new: no runtime ever had it open; is storage.url right?")
-    place = journal_place(config, storage)
+    place = journal_place(config, storage.abilities)
     output = sys.stdout  # a bar takes its place, which moves out of the way of what is shown, but not of what is piped
 
     def tell(finding: Finding) -> None:

@@ -17,11 +17,12 @@ from ..config import Config
 from ..copying import Copied, Progress, Source, copy, quiet
 from ..errors import InvalidInput, LeaseHeld
 from ..journal import JournalFiles, LocalFiles
+from ..opening import journal_place
 from ..plugins import PluginManager
 from ..storage import Storage, StorageConfig
 from .exits import SIGNALLED, Failure
 from .options import AsJson, ConfigFile, load
-from .reading import journal_place, opened, undisturbed
+from .reading import opened, undisturbed
 from .terminal import progress
 from .text import json_line
 
@@ -103,7 +104,7 @@ async def _target(config: Config, url: str) -> AsyncIterator[Storage]:
 
 def _journal(storage: Storage, config: Config | None = None) -> JournalFiles | None:
     """Where the journal of a database lies; the target's where the storage says, as nobody has configured it."""
-    place = storage.abilities.journal_directory if config is None else journal_place(config, storage)
+    place = storage.abilities.journal_directory if config is None else journal_place(config, storage.abilities)
     return None if place is None else LocalFiles(place)
 
 

@@ -16,10 +16,11 @@ from ..errors import StorageError
 from ..journal import read_directory
 from ..journal.inspection import DamageFound, Inspection, SegmentFound, inspect
 from ..journal.still import StillFiles
+from ..opening import journal_place
 from ..storage import Storage
 from .exits import Failure
 from .options import AsJson, ConfigFile, StorageUrl, load
-from .reading import journal_place, read, still, undisturbed
+from .reading import read, still, undisturbed
 from .terminal import console, output_is_terminal, progress
 from .text import json_line, moment, visible
 
@@ -104,7 +105,7 @@ def _find(config: Config | None, directory: Path | None) -> _Place:
     named = directory or (None if config.journal.directory is None else Path(config.journal.directory))
 
     async def find(storage: Storage) -> _Place:
-        path = named.absolute() if named is not None else journal_place(config, storage)
+        path = named.absolute() if named is not None else journal_place(config, storage.abilities)
         if path is None:
             raise Failure("journal.directory is not set: name the journal's directory")
         return await _ask(storage, path)

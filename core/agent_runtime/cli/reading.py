@@ -17,7 +17,7 @@ from ..plugins import PluginManager
 from ..storage import Storage, StorageConfig
 from .running import with_place
 
-__all__ = ["journal_place", "opened", "read", "still", "undisturbed"]
+__all__ = ["opened", "read", "still", "undisturbed"]
 
 T = TypeVar("T")
 
@@ -43,12 +43,6 @@ async def opened(config: Config) -> AsyncIterator[Storage]:
             yield storage
     except AgentRuntimeError as error:
         raise with_place(error, config) from error
-
-
-def journal_place(config: Config, storage: Storage) -> Path | None:
-    """Where the journal would lie, whether it is switched on or not; None: nobody says."""
-    place = config.journal.directory or storage.abilities.journal_directory
-    return None if place is None else Path(place).absolute()
 
 
 def still(place: Path) -> StillFiles | None:
