@@ -82,12 +82,13 @@ class _Caller:
 class BlockingSessionHandle(_Caller):
     """`SessionHandle` for threads."""
 
-    __slots__ = ("_session", "created", "incarnation", "session_id")
+    __slots__ = ("_session", "created", "first_record", "incarnation", "session_id")
 
     def __init__(self, session: SessionHandle, loop: _Loop) -> None:
         self.session_id = session.session_id
         self.incarnation = session.incarnation
         self.created = session.created
+        self.first_record = session.first_record
         self._session = session
         super().__init__(loop)
 

@@ -131,16 +131,17 @@ class Planner:
         )
         return Plan(change, messages)
 
-    def create(self, new: NewSession, current: Resident | None, *, exist_ok: bool) -> Plan[tuple[str, str]]:
-        """A session that is not there yet; the result is its id and incarnation, or those of the one that is there."""
+    def create(self, new: NewSession, current: Resident | None, *, exist_ok: bool) -> Plan[Session]:
+        """A session that is not there yet; the result is its record, or that of the one that is there."""
         if current is not None and not current.deleted:
             if exist_ok:
-                return Plan(None, (current.session_id, current.incarnation))
+                return Plan(None, current.record())
             raise SessionExists(current.session_id)
         now = self._now()
         created_at = new.created_at or now
         incarnation = self._identifiers.new()
         _, encoded = self._messages(new.messages, 1, now)
+        title = new.title if new.title is not None else _title(new.messages)
         change = Change(
             sequence=self._sequence(),
             previous=0,
@@ -150,9 +151,7 @@ class Planner:
             message_count=len(encoded),
             next_seq=len(encoded) + 1,
             birth=Birth(created_at, new.user_id),
-            details=Details(
-                new.title if new.title is not None else _title(new.messages), new.description, new.metadata
-            ),
+            details=Details(title, new.description, new.metadata),
             context=ContextRow(
                 incarnation=incarnation,
                 current_agent=new.agent,
@@ -164,7 +163,18 @@ class Planner:
             ),
             messages=encoded,
         )
-        return Plan(change, (new.session_id, incarnation))
+        record = Session(
+            session_id=new.session_id,
+            user_id=new.user_id,
+            title=title,
+            description=new.description,
+            metadata=msgspec.json.decode(new.metadata),
+            created_at=created_at,
+            last_activity=now,
+            message_count=len(encoded),
+            incarnation=incarnation,
+        )
+        return Plan(change, record)
 
     def encode(self, new: NewMessage, seq: int) -> Raw:
         """A message as a change holds it, under a seq of the caller's choice."""

@@ -224,7 +224,7 @@ class Runtime:
             {name: value for name, value in fields.items() if name != "messages"},
             list(new.messages),
         ]
-        request = request_for(idempotency_key, route, arguments, msgspec.json.Decoder(tuple[str, str]).decode)
+        request = request_for(idempotency_key, route, arguments, msgspec.json.Decoder(Session).decode)
         if self.plugins.appending:
             messages = [self.plugins.before_append(new.session_id, message) for message in new.messages]
             for message in messages:
@@ -232,7 +232,7 @@ class Runtime:
             new = msgspec.structs.replace(new, messages=messages)
         created = True  # a call that is answered from its outcome did create the session: else it would have none
 
-        def plan(current: Resident | None) -> Plan[tuple[str, str]]:
+        def plan(current: Resident | None) -> Plan[Session]:
             nonlocal created
             plan = self._planner.create(new, current, exist_ok=exist_ok)
             created = plan.change is not None
@@ -243,9 +243,9 @@ class Runtime:
                 new.session_id, CREATION_SCOPE, plan, durability=durability, request=request, fresh=fresh
             )
         except DurabilityNotReached as error:
-            error.outcome = self._handle(*error.outcome, created=created)
+            error.outcome = self._handle_of(error.outcome, created=created)
             raise
-        return self._handle(*found, created=created)
+        return self._handle_of(found, created=created)
 
     async def get_session(self, session_id: str) -> SessionHandle:
         """The session with this id.
@@ -283,8 +283,14 @@ class Runtime:
                 return
             cursor = page.next
 
-    def _handle(self, session_id: str, incarnation: str, *, created: bool = False) -> SessionHandle:
-        return SessionHandle(session_id, incarnation, created, self._door, self._planner, self._reads, self.plugins)
+    def _handle(self, session_id: str, incarnation: str) -> SessionHandle:
+        return SessionHandle(session_id, incarnation, self._door, self._planner, self._reads, self.plugins)
+
+    def _handle_of(self, record: Session, *, created: bool) -> SessionHandle:
+        handle = self._handle(record.session_id, record.incarnation)
+        handle.created = created
+        handle.first_record = record
+        return handle
 
     # The log
 

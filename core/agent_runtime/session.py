@@ -76,7 +76,7 @@ def request_for(key: str | None, route: str, arguments: object, read_outcome: Ca
     """The request of a call, if it has an idempotency key."""
     if key is None:
         return None
-    return Request(check_id("idempotency_key", key), route, body_hash(route, arguments), read_outcome)
+    return Request(check_name("idempotency_key", key), route, body_hash(route, arguments), read_outcome)
 
 
 def check_order(order: str) -> Order:
@@ -102,15 +102,18 @@ def _read_none(_: str) -> None:
 
 
 class SessionHandle:
-    """One session, as `create_session` and `get_session` give it; `created` tells whether that call made it."""
+    """One session, as `create_session` and `get_session` give it; `created` tells whether that call made it.
 
-    __slots__ = ("_door", "_hooks", "_planner", "_reads", "created", "incarnation", "session_id")
+    `first_record` is the record as a call that may create left it, for a repeated call with an idempotency key the
+    record as the first one left it; None where a session is only looked up.
+    """
+
+    __slots__ = ("_door", "_hooks", "_planner", "_reads", "created", "first_record", "incarnation", "session_id")
 
     def __init__(
         self,
         session_id: str,
         incarnation: str,
-        created: bool,
         door: Door,
         planner: Planner,
         reads: Reads,
@@ -118,7 +121,8 @@ class SessionHandle:
     ) -> None:
         self.session_id = session_id
         self.incarnation = incarnation
-        self.created = created
+        self.created = False
+        self.first_record: Session | None = None
         self._door = door
         self._planner = planner
         self._reads = reads
