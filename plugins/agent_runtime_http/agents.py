@@ -38,9 +38,9 @@ async def patch(call: Call) -> Answer:
         if "metadata" not in given:
             context = await session.context()
         elif given["metadata"] is None:
-            context = await session.update_context(metadata={}, **call.query)
+            context = await session.update_context(metadata={}, **call.options)
         else:
-            context = await session.merge_context(given["metadata"], **call.query)
+            context = await session.merge_context(given["metadata"], **call.options)
     except DurabilityNotReached as error:
         error.outcome = _shown(error.outcome)
         raise
@@ -53,7 +53,7 @@ async def switch(call: Call) -> Answer:
     given = await call.members(required=("agent",), optional=("reason",))
     session = await call.session()
     try:
-        return json_answer(_shown(await session.switch_agent(**given, **call.query)))
+        return json_answer(_shown(await session.switch_agent(**given, **call.options)))
     except DurabilityNotReached as error:
         error.outcome = _shown(error.outcome)
         raise

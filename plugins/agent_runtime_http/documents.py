@@ -64,7 +64,7 @@ async def put(call: Call) -> Answer:
     session = await call.session()
     collection, key = call.path["collection"], call.path["key"]
     try:
-        document = await session.put_document(collection, key, value, media_type=media_type, **call.query)
+        document = await session.put_document(collection, key, value, media_type=media_type, **call.options)
     except InvalidInput as error:
         if error.keys[:1] != ("value",):
             raise
@@ -79,7 +79,7 @@ async def put(call: Call) -> Answer:
 async def delete(call: Call) -> Answer:
     """Delete a document; 204, 404 if there is none."""
     session = await call.session()
-    if not await session.delete_document(call.path["collection"], call.path["key"], **call.query):
+    if not await session.delete_document(call.path["collection"], call.path["key"], **call.options):
         raise _missing()
     return NO_CONTENT
 
@@ -87,7 +87,7 @@ async def delete(call: Call) -> Answer:
 @operation(cursor=str, limit=int)
 async def list_documents(call: Call) -> Answer:
     """A page of the documents of a collection, with their values, by key."""
-    return json_answer(await (await call.session()).list_documents(call.path["collection"], **call.query))
+    return json_answer(await (await call.session()).list_documents(call.path["collection"], **call.options))
 
 
 def _missing() -> Refusal:

@@ -24,7 +24,7 @@ async def append(call: Call) -> Answer:
     message = await call.object()
     session = await call.session()
     try:
-        return json_answer(await session.append_message(message, **call.query), 201)
+        return json_answer(await session.append_message(message, **call.options), 201)
     except InvalidInput as error:
         raise _as_sent(error, message, 0) from None
 
@@ -35,7 +35,7 @@ async def append_batch(call: Call) -> Answer:
     given = await call.members(required=("messages",))
     session = await call.session()
     try:
-        return json_answer({"items": await session.append_many(given["messages"], **call.query)}, 201)
+        return json_answer({"items": await session.append_many(given["messages"], **call.options)}, 201)
     except InvalidInput as error:
         raise _as_sent(error, given, 2) from None
     except DurabilityNotReached as error:
@@ -61,7 +61,7 @@ def _as_sent(error: InvalidInput, body: Any, depth: int) -> InvalidInput:
 @operation(after=int, limit=int, order=str)
 async def list_messages(call: Call) -> Answer:
     """A page of messages in order of seq."""
-    return json_answer(await (await call.session()).messages(**call.query))
+    return json_answer(await (await call.session()).messages(**call.options))
 
 
 @operation()
@@ -79,14 +79,14 @@ async def show(call: Call) -> Answer:
 @operation(durability=str)
 async def clear(call: Call) -> Answer:
     """Remove all messages; 204."""
-    await (await call.session()).clear(**call.query)
+    await (await call.session()).clear(**call.options)
     return NO_CONTENT
 
 
 @operation(durability=str)
 async def pop(call: Call) -> Answer:
     """Remove the last message; 200 and the message, 404 if there is none."""
-    message = await (await call.session()).pop(**call.query)
+    message = await (await call.session()).pop(**call.options)
     if message is None:
         raise Refusal("message-not-found", "the session has no messages")
     return json_answer(message)
@@ -96,7 +96,7 @@ async def pop(call: Call) -> Answer:
 async def history(call: Call) -> Answer:
     """The conversation in chat format, valid for a model."""
     session = await call.session()
-    messages = await session.history_json(**call.query)
+    messages = await session.history_json(**call.options)
     return Answer(b'{"session_id":%b,"messages":%b}' % (msgspec.json.encode(session.session_id), messages))
 
 
@@ -105,7 +105,7 @@ async def append_tool_result(call: Call) -> Answer:
     """Append the result of a tool call; 201 and the message."""
     given = await call.members(required=("call_id", "tool_name", "result"))
     session = await call.session()
-    return json_answer(await session.append_tool_result(**given, **call.query), 201)
+    return json_answer(await session.append_tool_result(**given, **call.options), 201)
 
 
 OPERATIONS: Final[Operations] = {

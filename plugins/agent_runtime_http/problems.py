@@ -69,7 +69,7 @@ class Kind(NamedTuple):
 
 class Fault(msgspec.Struct, frozen=True):
     """One thing that is wrong. `pointer` is a JSON pointer into the body, `?name` for a parameter of the query,
-    `{name}` for a part of the path.
+    `{name}` for a part of the path, a header's name for a header.
     """
 
     pointer: str

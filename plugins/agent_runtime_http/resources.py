@@ -1,7 +1,7 @@
 """A path of the API: what each method does there, and all that is the same for every one of them.
 
 An operation is a coroutine function of one `Call`, marked with the query parameters that it takes. They are read before
-it runs. What the runtime refuses is answered with a pointer to the field.
+it runs, and so is the idempotency key of a write. What the runtime refuses is answered with a pointer to the field.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from agent_runtime import InvalidInput, Runtime, SessionHandle
 
 from .answers import Answer
 from .bodies import JSON, check_json_type, decode_json, read_body
+from .keys import KEYED, read_key
 from .problems import Fault, Refusal, answer_to, invalid, pointer_to
-from .queries import Parameters, read_query
+from .queries import DURABILITY, Parameters, read_query
 from .service import Service
 
-__all__ = ["Call", "Handler", "Operation", "Operations", "Resource", "operation"]
+__all__ = ["Call", "Handler", "Operation", "Operations", "Resource", "operation", "takes_key"]
 
 
 class Call:
-    """One request, as an operation sees it. `path` has the parts of the path, `query` the parameters that are given."""
+    """One request, as an operation sees it. `path` has the parts of the path, `options` the parameters of the query that
+    are given, and the `idempotency_key` of a write.
+    """
 
-    __slots__ = ("_receive", "_scope", "path", "query", "service")
+    __slots__ = ("_receive", "_scope", "options", "path", "service")
 
     def __init__(
-        self, service: Service, scope: Scope, receive: Receive, path: Mapping[str, str], query: dict[str, Any]
+        self, service: Service, scope: Scope, receive: Receive, path: Mapping[str, str], options: dict[str, Any]
     ) -> None:
         self.service = service
         self.path = path
-        self.query = query
+        self.options = options
         self._scope = scope
         self._receive = receive
 
@@ -107,12 +110,18 @@ def operation(**parameters: type[str] | type[int]) -> Callable[[Handler], Operat
     return lambda handler: Operation(handler, parameters)
 
 
+def takes_key(method: str, operation: Operation) -> bool:
+    """Whether an idempotency key counts: with the writes that would have their effect twice."""
+    return method in KEYED and DURABILITY.keys() <= operation.parameters.keys()
+
+
 class Resource:
     """One path with its operations by method; an ASGI application."""
 
     def __init__(self, service: Service, operations: Mapping[str, Operation]) -> None:
         self._service = service
         self._operations: Final = dict(operations)
+        self._keyed: Final = frozenset(method for method, each in operations.items() if takes_key(method, each))
         if "GET" in operations:
             self._operations["HEAD"] = operations["GET"]
         self._allow = ", ".join(sorted({*self._operations, "OPTIONS"})).encode()
@@ -122,14 +131,19 @@ class Resource:
 
     async def respond(self, path: Mapping[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, given the parts of its path."""
-        operation = self._operations.get(scope["method"])
+        method = scope["method"]
+        operation = self._operations.get(method)
         if operation is None:
-            answer = self._without_operation(scope["method"])
+            answer = self._without_operation(method)
         else:
             handler, parameters = operation
-            query = read_query(scope["query_string"], parameters) if scope["query_string"] else {}
+            options = read_query(scope["query_string"], parameters) if scope["query_string"] else {}
+            if method in self._keyed:
+                key = read_key(scope)
+                if key is not None:
+                    options["idempotency_key"] = key
             try:
-                answer = await handler(Call(self._service, scope, receive, path, query))
+                answer = await handler(Call(self._service, scope, receive, path, options))
             except InvalidInput as error:
                 answer = answer_to(error, path=path, query=parameters)
         await answer(scope, receive, send)

@@ -20,7 +20,7 @@ _PATCHED: Final = ("title", "description", "metadata")
 @operation(user_id=str, limit=int, cursor=str, order=str)
 async def list_sessions(call: Call) -> Answer:
     """A page of sessions, of all users or of one."""
-    return json_answer(await call.runtime.list_sessions(**call.query))
+    return json_answer(await call.runtime.list_sessions(**call.options))
 
 
 @operation(durability=str)
@@ -28,11 +28,11 @@ async def create(call: Call) -> Answer:
     """Create a session; 201 with its record and its Location, 409 if its id is taken."""
     given = _given(await call.members(optional=("session_id", *_FIELDS)))
     try:
-        session = await call.runtime.create_session(**given, **call.query)
+        session = await call.runtime.create_session(**given, **call.options)
     except DurabilityNotReached as error:
-        raise await _recorded(error) from None
+        raise _recorded(error) from None
     location = f"{call.root}/v1/sessions/{quote(session.session_id, safe='')}"
-    return json_answer(await session.record(), 201, [(b"location", location.encode())])
+    return json_answer(session.first_record, 201, [(b"location", location.encode())])
 
 
 @operation(durability=str)
@@ -40,10 +40,10 @@ async def get_or_create(call: Call) -> Answer:
     """The session with this id: 201 if it was made for this request, 200 if it was there."""
     given = _given(await call.members(optional=_FIELDS, may_be_empty=True))
     try:
-        session = await call.runtime.get_or_create_session(call.path["session_id"], **given, **call.query)
+        session = await call.runtime.get_or_create_session(call.path["session_id"], **given, **call.options)
     except DurabilityNotReached as error:
-        raise await _recorded(error) from None
-    return json_answer(await session.record(), 201 if session.created else 200)
+        raise _recorded(error) from None
+    return json_answer(session.first_record, 201 if session.created else 200)
 
 
 @operation()
@@ -56,13 +56,13 @@ async def show(call: Call) -> Answer:
 async def patch(call: Call) -> Answer:
     """Merge a patch (RFC 7396) into title, description and metadata; 200 and the record."""
     given = await call.members(optional=_PATCHED, types=MERGE_PATCH)
-    return json_answer(await (await call.session()).merge(given, **call.query))
+    return json_answer(await (await call.session()).merge(given, **call.options))
 
 
 @operation(durability=str)
 async def delete(call: Call) -> Answer:
     """Delete a session with all it has; 204."""
-    await (await call.session()).delete(**call.query)
+    await (await call.session()).delete(**call.options)
     return NO_CONTENT
 
 
@@ -71,9 +71,9 @@ def _given(members: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
 
 
-async def _recorded(error: DurabilityNotReached) -> DurabilityNotReached:
+def _recorded(error: DurabilityNotReached) -> DurabilityNotReached:
     """The same error, with the session's record as the outcome."""
-    error.outcome = await cast("SessionHandle", error.outcome).record()
+    error.outcome = cast("SessionHandle", error.outcome).first_record
     return error
 
 
