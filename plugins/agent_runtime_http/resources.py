@@ -24,8 +24,8 @@ __all__ = ["Call", "Handler", "Operation", "Operations", "Resource", "operation"
 
 
 class Call:
-    """One request, as an operation sees it. `path` has the parts of the path, `options` the parameters of the query that
-    are given, and the `idempotency_key` of a write.
+    """One request, as an operation sees it. `path` has the parts of the path; `options` has the parameters of the query
+    that are given, and the `idempotency_key` of a write.
     """
 
     __slots__ = ("_receive", "_scope", "options", "path", "service")
