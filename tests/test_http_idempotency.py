@@ -16,8 +16,8 @@ from agent_runtime.storage import StorageConfig
 from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_http.application import OPERATIONS
 from agent_runtime_http.keys import HEADER, read_key
+from agent_runtime_http.operations import takes_key
 from agent_runtime_http.problems import Refusal
-from agent_runtime_http.resources import takes_key
 from agent_runtime_memory import MemoryDatabase
 from http_rig import App, Reply, free_port, opened, runtime_of, serving
 

@@ -10,14 +10,17 @@ from agent_runtime import AgentContext, DurabilityNotReached
 
 from .answers import Answer, json_answer
 from .bodies import MERGE_PATCH
-from .resources import Call, Operations, operation
+from .operations import Gives, Operations, Takes, operation
+from .queries import DURABILITY
+from .resources import Call
+from .shapes import AgentHandOver, ContextPatch, ContextWithHistory
 
 __all__ = ["OPERATIONS"]
 
 
-@operation()
-async def show(call: Call) -> Answer:
-    """The context, with every hand-over under `agent_history`."""
+@operation(Gives(200, ContextWithHistory))
+async def get_context(call: Call) -> Answer:
+    """Get which agent holds the session, with every hand-over."""
     session = await call.session()
     switches = await session.switches()
     context = _shown(await session.context())
@@ -29,10 +32,17 @@ async def show(call: Call) -> Answer:
     return json_answer(context)
 
 
-@operation(durability=str)
-async def patch(call: Call) -> Answer:
-    """Merge a patch (RFC 7396) into the metadata of the context; 200 and the context, without its history."""
-    given = await call.members(optional=("metadata",), types=MERGE_PATCH)
+@operation(
+    Gives(200, AgentContext),
+    takes=Takes(ContextPatch, example={"metadata": {"plan": ["ask", "book"]}}, media_types=MERGE_PATCH),
+    durability=DURABILITY,
+)
+async def update_context(call: Call) -> Answer:
+    """Change the metadata of the context.
+
+    The body is a merge patch (RFC 7396): what is absent stays, null removes. The answer has no `agent_history`.
+    """
+    given = await call.members()
     session = await call.session()
     try:
         if "metadata" not in given:
@@ -47,10 +57,17 @@ async def patch(call: Call) -> Answer:
     return json_answer(_shown(context))
 
 
-@operation(durability=str)
-async def switch(call: Call) -> Answer:
-    """Hand the session over to an agent; 200 and the context, without its history."""
-    given = await call.members(required=("agent",), optional=("reason",))
+@operation(
+    Gives(200, AgentContext),
+    takes=Takes(AgentHandOver, example={"agent": "booking", "reason": "the traveller has chosen"}),
+    durability=DURABILITY,
+)
+async def switch_agent(call: Call) -> Answer:
+    """Hand the session over to an agent.
+
+    To the agent that has it already: nothing is recorded. The answer has no `agent_history`.
+    """
+    given = await call.members()
     session = await call.session()
     try:
         return json_answer(_shown(await session.switch_agent(**given, **call.options)))
@@ -65,6 +82,6 @@ def _shown(context: AgentContext) -> dict[str, Any]:
 
 
 OPERATIONS: Final[Operations] = {
-    "/v1/sessions/{session_id}/context": {"GET": show, "PATCH": patch},
-    "/v1/sessions/{session_id}/agent": {"POST": switch},
+    "/v1/sessions/{session_id}/context": {"GET": get_context, "PATCH": update_context},
+    "/v1/sessions/{session_id}/agent": {"POST": switch_agent},
 }

@@ -18,8 +18,9 @@ from starlette.types import ASGIApp, Scope
 from agent_runtime import Config, load_config
 
 from . import agents, documents, health, messages, sessions
+from .operations import Operations
 from .problems import answer_to
-from .resources import Operations, Resource
+from .resources import Resource
 from .service import Service
 from .surface import Surface
 

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
 from typing import Any, Final
-
-import msgspec
 
 from agent_runtime import Document, DurabilityNotReached, InvalidInput
 
 from .answers import NO_CONTENT, Answer, json_answer
 from .bodies import JSON, check_json_type, decode_json
+from .operations import Gives, Operations, Takes, operation
 from .problems import Refusal
-from .resources import Call, Operations, operation
+from .queries import CURSOR, DURABILITY, limit
+from .resources import Call
+from .shapes import DocumentPage, DocumentRecord
 
 __all__ = ["OPERATIONS"]
+
+_ANY: Final = ("application/json", "*/*")
 
 _is_media_type: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+/[!#$%&'*+.^_`|~0-9A-Za-z-]+ *(;[ -~]*)?").fullmatch
 _AS_FILE: Final = [(b"x-content-type-options", b"nosniff"), (b"content-disposition", b"attachment")]
 
 
-class _Written(msgspec.Struct, frozen=True):
-    """A document that was written, without its value."""
-
-    collection: str
-    key: str
-    media_type: str | None
-    updated_at: datetime
+def _record(document: Document) -> DocumentRecord:
+    return DocumentRecord(document.collection, document.key, document.media_type, document.updated_at)
 
 
-def _written(document: Document) -> _Written:
-    return _Written(document.collection, document.key, document.media_type, document.updated_at)
-
-
-@operation()
-async def show(call: Call) -> Answer:
-    """The value of a document: JSON, or its bytes under their media type."""
+@operation(Gives(200, object, media_types=_ANY), refuses=["document-not-found"])
+async def get_document(call: Call) -> Answer:
+    """Get the value of a document: JSON, or bytes under the media type they came with."""
     session = await call.session()
     document = await session.get_document(call.path["collection"], call.path["key"])
     if document is None:
@@ -49,9 +42,17 @@ async def show(call: Call) -> Answer:
     return Answer(document.value, 200, media_type.encode(), _AS_FILE)
 
 
-@operation(durability=str)
-async def put(call: Call) -> Answer:
-    """Write a document, JSON or bytes by its Content-Type; 200 and what is known of it, without its value."""
+@operation(
+    Gives(200, DocumentRecord),
+    takes=Takes(object, example={"state": "approved"}, media_types=_ANY),
+    durability=DURABILITY,
+)
+async def put_document(call: Call) -> Answer:
+    """Write a document, over the one that may be there.
+
+    `Content-Type: application/json` makes it JSON; any other keeps the bytes as they are, for reads under the
+    same type. The answer has what is known of the document, without its value.
+    """
     body, content_type = await call.body()
     given = "" if content_type is None else content_type.decode("latin-1")
     if not _is_media_type(given):
@@ -70,23 +71,23 @@ async def put(call: Call) -> Answer:
             raise
         raise InvalidInput(error.path, error.problem, error.keys[1:]) from None  # the body is the value
     except DurabilityNotReached as error:
-        error.outcome = _written(error.outcome)
+        error.outcome = _record(error.outcome)
         raise
-    return json_answer(_written(document))
+    return json_answer(_record(document))
 
 
-@operation(durability=str)
-async def delete(call: Call) -> Answer:
-    """Delete a document; 204, 404 if there is none."""
+@operation(Gives(204), refuses=["document-not-found"], durability=DURABILITY)
+async def delete_document(call: Call) -> Answer:
+    """Delete a document."""
     session = await call.session()
     if not await session.delete_document(call.path["collection"], call.path["key"], **call.options):
         raise _missing()
     return NO_CONTENT
 
 
-@operation(cursor=str, limit=int)
+@operation(Gives(200, DocumentPage), cursor=CURSOR, limit=limit(100))
 async def list_documents(call: Call) -> Answer:
-    """A page of the documents of a collection, with their values, by key."""
+    """List the documents of a collection, with their values, by key."""
     return json_answer(await (await call.session()).list_documents(call.path["collection"], **call.options))
 
 
@@ -96,5 +97,9 @@ def _missing() -> Refusal:
 
 OPERATIONS: Final[Operations] = {
     "/v1/sessions/{session_id}/documents/{collection}": {"GET": list_documents},
-    "/v1/sessions/{session_id}/documents/{collection}/{key}": {"GET": show, "PUT": put, "DELETE": delete},
+    "/v1/sessions/{session_id}/documents/{collection}/{key}": {
+        "GET": get_document,
+        "PUT": put_document,
+        "DELETE": delete_document,
+    },
 }

@@ -5,26 +5,30 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Final
 
+from agent_runtime.status import Status
+
 from .answers import Answer, json_answer
-from .resources import Call, Operations, operation
+from .operations import Gives, Operations, operation
+from .resources import Call
+from .shapes import Flushed, Health, Live, Readiness
 
 __all__ = ["OPERATIONS"]
 
 
-@operation()
-async def health(_call: Call) -> Answer:
-    """That the process answers, and its version; 200 whatever the runtime does."""
-    return json_answer({"status": "ok", "service": "agent-runtime", "version": version("agent-runtime")})
+@operation(Gives(200, Health))
+async def get_health(_call: Call) -> Answer:
+    """Whether the process answers, and its version; 200 whatever the runtime does."""
+    return json_answer(Health(version=version("agent-runtime")))
 
 
-@operation()
-async def live(_call: Call) -> Answer:
-    """That the process answers."""
-    return json_answer({"status": "ok"})
+@operation(Gives(200, Live))
+async def get_liveness(_call: Call) -> Answer:
+    """Whether the process answers."""
+    return json_answer(Live())
 
 
-@operation()
-async def ready(call: Call) -> Answer:
+@operation(Gives(200, Readiness), Gives(503, Readiness))
+async def get_readiness(call: Call) -> Answer:
     """Whether requests will be served: 200, or 503 with the check that says why not."""
     service = call.service
     state = "closed" if service.runtime is None else service.runtime.status().state
@@ -37,23 +41,26 @@ async def ready(call: Call) -> Answer:
     return json_answer({"status": "ready" if is_ready else "not ready", "checks": checks}, 200 if is_ready else 503)
 
 
-@operation()
-async def status(call: Call) -> Answer:
-    """The figures of the runtime: watermarks, pending changes, flushes, residents, pool, lease, quarantine."""
+@operation(Gives(200, Status))
+async def get_status(call: Call) -> Answer:
+    """Get the figures of the runtime: watermarks, pending changes, flushes, residents, pool, lease, quarantine."""
     return json_answer(call.runtime.status())
 
 
-@operation()
+@operation(Gives(200, Flushed), refuses=["quarantined"])
 async def flush(call: Call) -> Answer:
-    """Store every change acknowledged so far; 200 and the watermarks once that is done."""
+    """Store every change acknowledged so far.
+
+    The answer comes, with the watermarks, once that is done.
+    """
     await call.runtime.flush()
     return json_answer({"watermarks": call.runtime.watermarks})
 
 
 OPERATIONS: Final[Operations] = {
-    "/health": {"GET": health},
-    "/livez": {"GET": live},
-    "/readyz": {"GET": ready},
-    "/v1/status": {"GET": status},
+    "/health": {"GET": get_health},
+    "/livez": {"GET": get_liveness},
+    "/readyz": {"GET": get_readiness},
+    "/v1/status": {"GET": get_status},
     "/v1/flush": {"POST": flush},
 }

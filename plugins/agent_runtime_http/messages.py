@@ -7,20 +7,38 @@ from typing import Any, Final
 
 import msgspec
 
-from agent_runtime import DurabilityNotReached, InvalidInput
+from agent_runtime import DurabilityNotReached, InvalidInput, Message
 
 from .answers import NO_CONTENT, Answer, json_answer
+from .operations import Gives, Operations, Takes, operation
 from .problems import Refusal
-from .resources import Call, Operations, operation
+from .queries import AFTER, DURABILITY, Parameter, limit, order
+from .resources import Call
+from .shapes import History, MessagePage, Messages, NewChatMessage, NewMessages, ToolResult
 
 __all__ = ["OPERATIONS"]
+
+_QUESTION: Final = {"role": "user", "content": "Find me a train to Porto."}
+_CALL: Final = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [
+        {"id": "call_1", "type": "function", "function": {"name": "trains", "arguments": '{"to": "Porto"}'}}
+    ],
+}
+_NEWEST: Final = Parameter(
+    int, "At most that many of the newest, in whole tool groups.", {"minimum": 1, "maximum": 2**31}
+)
 
 _is_seq: Final = re.compile(r"[0-9]{1,18}").fullmatch
 
 
-@operation(durability=str)
-async def append(call: Call) -> Answer:
-    """Append one message in chat format; 201 and the message as it is kept."""
+@operation(Gives(201, Message), takes=Takes(NewChatMessage, example=_QUESTION), durability=DURABILITY)
+async def append_message(call: Call) -> Answer:
+    """Append a message in chat format.
+
+    The answer is the message as it is kept, with its `seq`.
+    """
     message = await call.object()
     session = await call.session()
     try:
@@ -29,10 +47,12 @@ async def append(call: Call) -> Answer:
         raise _as_sent(error, message, 0) from None
 
 
-@operation(durability=str)
-async def append_batch(call: Call) -> Answer:
-    """Append messages, all or none; 201 and the messages."""
-    given = await call.members(required=("messages",))
+@operation(
+    Gives(201, Messages), takes=Takes(NewMessages, example={"messages": [_QUESTION, _CALL]}), durability=DURABILITY
+)
+async def append_messages(call: Call) -> Answer:
+    """Append several messages, all of them or none."""
+    given = await call.members()
     session = await call.session()
     try:
         return json_answer({"items": await session.append_many(given["messages"], **call.options)}, 201)
@@ -58,15 +78,15 @@ def _as_sent(error: InvalidInput, body: Any, depth: int) -> InvalidInput:
     return InvalidInput(error.path, error.problem, (*keys[:depth], *keys[depth + 1 :]))
 
 
-@operation(after=int, limit=int, order=str)
+@operation(Gives(200, MessagePage), after=AFTER, limit=limit(100), order=order("asc"))
 async def list_messages(call: Call) -> Answer:
-    """A page of messages in order of seq."""
+    """List messages, in order of `seq`."""
     return json_answer(await (await call.session()).messages(**call.options))
 
 
-@operation()
-async def show(call: Call) -> Answer:
-    """One message, by its seq."""
+@operation(Gives(200, Message), refuses=["message-not-found"])
+async def get_message(call: Call) -> Answer:
+    """Get one message, by its `seq`."""
     seq = call.path["seq"]
     if not _is_seq(seq):
         raise InvalidInput("seq", "must be a whole number")
@@ -76,43 +96,54 @@ async def show(call: Call) -> Answer:
     return json_answer(message)
 
 
-@operation(durability=str)
-async def clear(call: Call) -> Answer:
-    """Remove all messages; 204."""
+@operation(Gives(204), durability=DURABILITY)
+async def clear_messages(call: Call) -> Answer:
+    """Remove all messages. No `seq` is used again."""
     await (await call.session()).clear(**call.options)
     return NO_CONTENT
 
 
-@operation(durability=str)
-async def pop(call: Call) -> Answer:
-    """Remove the last message; 200 and the message, 404 if there is none."""
+@operation(Gives(200, Message), refuses=["message-not-found"], durability=DURABILITY)
+async def pop_message(call: Call) -> Answer:
+    """Remove the last message.
+
+    The answer is the message that was removed.
+    """
     message = await (await call.session()).pop(**call.options)
     if message is None:
         raise Refusal("message-not-found", "the session has no messages")
     return json_answer(message)
 
 
-@operation(limit=int)
-async def history(call: Call) -> Answer:
-    """The conversation in chat format, valid for a model."""
+@operation(Gives(200, History), limit=_NEWEST)
+async def get_history(call: Call) -> Answer:
+    """Get the conversation in chat format, valid for a model.
+
+    Every tool call is followed by its results; one that has none gets a result that says it was interrupted. A limit
+    keeps the leading system message and cuts no tool group.
+    """
     session = await call.session()
     messages = await session.history_json(**call.options)
     return Answer(b'{"session_id":%b,"messages":%b}' % (msgspec.json.encode(session.session_id), messages))
 
 
-@operation(durability=str)
+@operation(
+    Gives(201, Message),
+    takes=Takes(ToolResult, example={"call_id": "call_1", "tool_name": "trains", "result": {"departs": "09:30"}}),
+    durability=DURABILITY,
+)
 async def append_tool_result(call: Call) -> Answer:
-    """Append the result of a tool call; 201 and the message."""
-    given = await call.members(required=("call_id", "tool_name", "result"))
+    """Append the result of a tool call, as a message of the role `tool`."""
+    given = await call.members()
     session = await call.session()
     return json_answer(await session.append_tool_result(**given, **call.options), 201)
 
 
 OPERATIONS: Final[Operations] = {
-    "/v1/sessions/{session_id}/messages": {"POST": append, "GET": list_messages, "DELETE": clear},
-    "/v1/sessions/{session_id}/history": {"GET": history},
+    "/v1/sessions/{session_id}/messages": {"POST": append_message, "GET": list_messages, "DELETE": clear_messages},
+    "/v1/sessions/{session_id}/history": {"GET": get_history},
     "/v1/sessions/{session_id}/tool-results": {"POST": append_tool_result},
-    "/v1/sessions/{session_id}/messages/batch": {"POST": append_batch},
-    "/v1/sessions/{session_id}/messages/pop": {"POST": pop},
-    "/v1/sessions/{session_id}/messages/{seq}": {"GET": show},
+    "/v1/sessions/{session_id}/messages/batch": {"POST": append_messages},
+    "/v1/sessions/{session_id}/messages/pop": {"POST": pop_message},
+    "/v1/sessions/{session_id}/messages/{seq}": {"GET": get_message},
 }

@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, get_args
 from urllib.parse import parse_qsl
+
+from agent_runtime.records import Durability, Order
+from agent_runtime.session import PAGE_ITEMS_MAX
+from agent_runtime.validation import ID_CHARS_MAX, SEQ_MAX
 
 from .problems import Fault, Refusal, invalid
 
-__all__ = ["DURABILITY", "Parameters", "read_query"]
+__all__ = ["AFTER", "CURSOR", "DURABILITY", "USER_ID", "Parameter", "Parameters", "limit", "order", "read_query"]
 
-Parameters: TypeAlias = Mapping[str, type[str] | type[int]]
-"""The parameters that an operation takes, each with its type."""
 
-DURABILITY: Final[Parameters] = {"durability": str}
-"""What every write takes."""
+class Parameter(NamedTuple):
+    """A parameter of a query: its type, what it says, and its JSON Schema beside the type, which the runtime checks."""
+
+    kind: type[str] | type[int]
+    description: str
+    schema: Mapping[str, Any]
+
+
+Parameters: TypeAlias = Mapping[str, Parameter]
+"""The parameters that an operation takes, by name."""
+
+DURABILITY: Final = Parameter(
+    str,
+    "The level that the answer waits for: what the change then survives. Without it, the configured one.",
+    {"enum": list(get_args(Durability))},
+)
+AFTER: Final = Parameter(int, "The seq to begin behind: `next` of the page before.", {"minimum": 0, "maximum": SEQ_MAX})
+CURSOR: Final = Parameter(str, "Where to begin: `next` of the page before.", {"minLength": 1})
+USER_ID: Final = Parameter(str, "Of this user only.", {"minLength": 1, "maxLength": ID_CHARS_MAX})
+
+
+def limit(default: int) -> Parameter:
+    """How long a page may be."""
+    schema = {"minimum": 1, "maximum": PAGE_ITEMS_MAX, "default": default}
+    return Parameter(int, "How many to return at most.", schema)
+
+
+def order(default: Order) -> Parameter:
+    """In which order to list."""
+    return Parameter(str, "Which end of the list comes first.", {"enum": list(get_args(Order)), "default": default})
+
 
 _is_int: Final = re.compile(r"-?[0-9]{1,18}").fullmatch
 
@@ -33,16 +64,16 @@ def read_query(query: bytes, parameters: Parameters) -> dict[str, Any]:
     values: dict[str, Any] = {}
     faults: list[Fault] = []
     for name, value in pairs:
-        kind = parameters.get(name)
-        if kind is None:
+        parameter = parameters.get(name)
+        if parameter is None:
             known = ", ".join(parameters) or "none"
             faults.append(Fault(f"?{name[:100]}", f"is not a parameter here; there are: {known}"))
         elif name in values:
             faults.append(Fault(f"?{name}", "is given twice"))
-        elif kind is int and not _is_int(value):
+        elif parameter.kind is int and not _is_int(value):
             faults.append(Fault(f"?{name}", "must be a whole number"))
         else:
-            values[name] = kind(value)
+            values[name] = parameter.kind(value)
     if faults:
         raise invalid(faults)
     return values

@@ -1,26 +1,27 @@
 """A path of the API: what each method does there, and all that is the same for every one of them.
 
-An operation is a coroutine function of one `Call`, marked with the query parameters that it takes. They are read before
-it runs, and so is the idempotency key of a write. What the runtime refuses is answered with a pointer to the field.
+What an operation is declared to take is read for it: the query and the idempotency key of a write before it runs, the
+body when it asks for it. What the runtime refuses is answered with a pointer to the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from typing import Any, Final, NamedTuple, TypeAlias
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final
 
 from starlette.types import Receive, Scope, Send
 
 from agent_runtime import InvalidInput, Runtime, SessionHandle
 
 from .answers import Answer
-from .bodies import JSON, check_json_type, decode_json, read_body
-from .keys import KEYED, read_key
+from .bodies import check_json_type, decode_json, read_body
+from .keys import read_key
+from .operations import Operation, Takes, takes_key
 from .problems import Fault, Refusal, answer_to, invalid, pointer_to
-from .queries import DURABILITY, Parameters, read_query
+from .queries import read_query
 from .service import Service
 
-__all__ = ["Call", "Handler", "Operation", "Operations", "Resource", "operation", "takes_key"]
+__all__ = ["Call", "Resource"]
 
 
 class Call:
@@ -28,16 +29,23 @@ class Call:
     that are given, and the `idempotency_key` of a write.
     """
 
-    __slots__ = ("_receive", "_scope", "options", "path", "service")
+    __slots__ = ("_receive", "_scope", "_takes", "options", "path", "service")
 
     def __init__(
-        self, service: Service, scope: Scope, receive: Receive, path: Mapping[str, str], options: dict[str, Any]
+        self,
+        service: Service,
+        scope: Scope,
+        receive: Receive,
+        path: Mapping[str, str],
+        options: dict[str, Any],
+        takes: Takes,
     ) -> None:
         self.service = service
         self.path = path
         self.options = options
         self._scope = scope
         self._receive = receive
+        self._takes = takes
 
     @property
     def runtime(self) -> Runtime:
@@ -62,57 +70,28 @@ class Call:
         """The body as it came, and what it says it is: its Content-Type. To be read once."""
         return read_body(self._scope, self._receive, self.service.body_bytes_max)
 
-    async def object(self, types: Collection[str] = JSON, may_be_empty: bool = False) -> dict[str, Any]:
-        """The body as a JSON object."""
+    async def object(self) -> dict[str, Any]:
+        """The body as the JSON object that the operation takes."""
+        takes = self._takes
         body, content_type = await read_body(self._scope, self._receive, self.service.body_bytes_max)
-        if may_be_empty and not body:
+        if not body and takes.may_be_empty:
             return {}
-        check_json_type(content_type, types)
+        check_json_type(content_type, takes.media_types)
         value = decode_json(body)
         if type(value) is not dict:
             raise invalid([Fault("", "the body must be a JSON object")])
         return value
 
-    async def members(
-        self,
-        required: Collection[str] = (),
-        optional: Collection[str] = (),
-        types: Collection[str] = JSON,
-        may_be_empty: bool = False,
-    ) -> dict[str, Any]:
-        """The body as a JSON object with these members, and no others."""
-        value = await self.object(types, may_be_empty)
-        known = (*required, *optional)
+    async def members(self) -> dict[str, Any]:
+        """The body as a JSON object with the members that the operation takes, and no others."""
+        value = await self.object()
+        known, required = self._takes.members, self._takes.required
         unknown = f"is unknown; there are: {', '.join(known)}"
         faults = [Fault(pointer_to(name), unknown) for name in value if name not in known]
         faults += [Fault(pointer_to(name), "is missing") for name in required if name not in value]
         if faults:
             raise invalid(faults)
         return value
-
-
-Handler: TypeAlias = Callable[[Call], Awaitable[Answer]]
-
-
-class Operation(NamedTuple):
-    """What one method of a path does, and the query parameters that it takes."""
-
-    handler: Handler
-    parameters: Parameters
-
-
-Operations: TypeAlias = Mapping[str, Mapping[str, Operation]]
-"""Operations by path and method."""
-
-
-def operation(**parameters: type[str] | type[int]) -> Callable[[Handler], Operation]:
-    """Mark a handler as an operation that takes these query parameters."""
-    return lambda handler: Operation(handler, parameters)
-
-
-def takes_key(method: str, operation: Operation) -> bool:
-    """Whether an idempotency key counts: with the writes that would have their effect twice."""
-    return method in KEYED and DURABILITY.keys() <= operation.parameters.keys()
 
 
 class Resource:
@@ -136,14 +115,14 @@ class Resource:
         if operation is None:
             answer = self._without_operation(method)
         else:
-            handler, parameters = operation
+            parameters = operation.parameters
             options = read_query(scope["query_string"], parameters) if scope["query_string"] else {}
             if method in self._keyed:
                 key = read_key(scope)
                 if key is not None:
                     options["idempotency_key"] = key
             try:
-                answer = await handler(Call(self._service, scope, receive, path, options))
+                answer = await operation.handler(Call(self._service, scope, receive, path, options, operation.takes))
             except InvalidInput as error:
                 answer = answer_to(error, path=path, query=parameters)
         await answer(scope, receive, send)

@@ -5,28 +5,41 @@ from __future__ import annotations
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from agent_runtime import DurabilityNotReached, SessionHandle
+from agent_runtime import DurabilityNotReached, Session, SessionHandle
 
 from .answers import NO_CONTENT, Answer, json_answer
 from .bodies import MERGE_PATCH
-from .resources import Call, Operations, operation
+from .operations import Gives, Operations, Takes, operation
+from .queries import CURSOR, DURABILITY, USER_ID, limit, order
+from .resources import Call
+from .shapes import NewSession, NewSessionWithId, SessionPage, SessionPatch
 
 __all__ = ["OPERATIONS"]
 
-_FIELDS: Final = ("user_id", "system_prompt", "title", "description", "metadata", "agent")
-_PATCHED: Final = ("title", "description", "metadata")
+_NEW: Final = {"user_id": "ada", "system_prompt": "You are a travel agent.", "metadata": {"channel": "web"}}
 
 
-@operation(user_id=str, limit=int, cursor=str, order=str)
+@operation(Gives(200, SessionPage), user_id=USER_ID, limit=limit(50), cursor=CURSOR, order=order("desc"))
 async def list_sessions(call: Call) -> Answer:
-    """A page of sessions, of all users or of one."""
+    """List sessions, of all users or of one, by the time they were made.
+
+    A list that is read while it changes repeats nothing and misses nothing that was there all the time.
+    """
     return json_answer(await call.runtime.list_sessions(**call.options))
 
 
-@operation(durability=str)
-async def create(call: Call) -> Answer:
-    """Create a session; 201 with its record and its Location, 409 if its id is taken."""
-    given = _given(await call.members(optional=("session_id", *_FIELDS)))
+@operation(
+    Gives(201, Session, headers=["Location"]),
+    takes=Takes(NewSessionWithId, example={"session_id": "porto", **_NEW}),
+    refuses=["session-exists"],
+    durability=DURABILITY,
+)
+async def create_session(call: Call) -> Answer:
+    """Create a session.
+
+    The answer is its record, and `Location` where it is found. An id that is taken is refused.
+    """
+    given = _given(await call.members())
     try:
         session = await call.runtime.create_session(**given, **call.options)
     except DurabilityNotReached as error:
@@ -35,10 +48,18 @@ async def create(call: Call) -> Answer:
     return json_answer(session.first_record, 201, [(b"location", location.encode())])
 
 
-@operation(durability=str)
-async def get_or_create(call: Call) -> Answer:
-    """The session with this id: 201 if it was made for this request, 200 if it was there."""
-    given = _given(await call.members(optional=_FIELDS, may_be_empty=True))
+@operation(
+    Gives(200, Session),
+    Gives(201, Session),
+    takes=Takes(NewSession, example=_NEW, may_be_empty=True),
+    durability=DURABILITY,
+)
+async def get_or_create_session(call: Call) -> Answer:
+    """Get a session, or create it if there is none.
+
+    201 if it was made for this request; 200 if it was there, and then the body changes nothing. It may be left out.
+    """
+    given = _given(await call.members())
     try:
         session = await call.runtime.get_or_create_session(call.path["session_id"], **given, **call.options)
     except DurabilityNotReached as error:
@@ -46,22 +67,32 @@ async def get_or_create(call: Call) -> Answer:
     return json_answer(session.first_record, 201 if session.created else 200)
 
 
-@operation()
-async def show(call: Call) -> Answer:
-    """The record of a session."""
+@operation(Gives(200, Session))
+async def get_session(call: Call) -> Answer:
+    """Get the record of a session."""
     return json_answer(await (await call.session()).record())
 
 
-@operation(durability=str)
-async def patch(call: Call) -> Answer:
-    """Merge a patch (RFC 7396) into title, description and metadata; 200 and the record."""
-    given = await call.members(optional=_PATCHED, types=MERGE_PATCH)
+@operation(
+    Gives(200, Session),
+    takes=Takes(SessionPatch, example={"title": "To Porto", "metadata": {"channel": None}}, media_types=MERGE_PATCH),
+    durability=DURABILITY,
+)
+async def update_session(call: Call) -> Answer:
+    """Change title, description or metadata of a session.
+
+    The body is a merge patch (RFC 7396): what is absent stays, null removes.
+    """
+    given = await call.members()
     return json_answer(await (await call.session()).merge(given, **call.options))
 
 
-@operation(durability=str)
-async def delete(call: Call) -> Answer:
-    """Delete a session with all it has; 204."""
+@operation(Gives(204), durability=DURABILITY)
+async def delete_session(call: Call) -> Answer:
+    """Delete a session, with its messages and documents.
+
+    It is gone from every read at once. Its id may be used again, for another session.
+    """
     await (await call.session()).delete(**call.options)
     return NO_CONTENT
 
@@ -78,6 +109,11 @@ def _recorded(error: DurabilityNotReached) -> DurabilityNotReached:
 
 
 OPERATIONS: Final[Operations] = {
-    "/v1/sessions": {"GET": list_sessions, "POST": create},
-    "/v1/sessions/{session_id}": {"GET": show, "PUT": get_or_create, "PATCH": patch, "DELETE": delete},
+    "/v1/sessions": {"GET": list_sessions, "POST": create_session},
+    "/v1/sessions/{session_id}": {
+        "GET": get_session,
+        "PUT": get_or_create_session,
+        "PATCH": update_session,
+        "DELETE": delete_session,
+    },
 }
