@@ -169,8 +169,7 @@ class Server:
 
     def errors(self) -> str:
         """What it has written to standard error."""
-        self._errors.seek(0)
-        return self._errors.read()
+        return _written(self._errors)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -178,6 +177,11 @@ class Server:
     def ended(self, timeout_s: float = START_S) -> int:
         """Wait for its end; its exit code."""
         return self.process.wait(timeout_s)
+
+
+def _written(file: IO[str]) -> str:
+    """All of the file so far. Whoever writes to it goes on where they were: a seek would move them too."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -206,8 +210,7 @@ def started(command: list[str], lines: int, environ: Mapping[str, str] = {}) -> 
         assert process.stdout is not None
         try:
             output = [process.stdout.readline().strip() for _ in range(lines)]
-            errors.seek(0)
-            assert all(output), f"it did not start: {output}, {errors.read()}"
+            assert all(output), f"it did not start: {output}, {_written(errors)}"
             yield Server(process, output, errors)
             if process.poll() is None:
                 process.terminate()

@@ -120,6 +120,7 @@ def logging_restored() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        logging.captureWarnings(False)
 
 
 def _read(terminal: int) -> bytes:

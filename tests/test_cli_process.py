@@ -133,10 +133,12 @@ def agent_runtime_lifespan(runtime):
 def test_logging_is_quiet_unless_it_is_configured(shell: Shell, install: Callable[[str, str], None]) -> None:
     install("speaker", SPEAKING)
     assert shell.here("sessions", "list") == ("", [])
-    _, (line,) = shell.here("sessions", "list", environment={"LOG_LEVEL": "INFO"})
+    _, (opened, line, closed) = shell.here("sessions", "list", environment={"LOG_LEVEL": "INFO"})
+    assert opened.endswith(f"Z INFO agent_runtime: database initialized: sqlite:///{shell.database}")
+    assert closed.endswith("Z INFO agent_runtime: shutdown complete")
     assert line.endswith("Z INFO speaker: a\\nword")
     as_json = {"LOG_LEVEL": "info", "AGENT_RUNTIME__LOGGING__FORMAT": "json"}
-    _, (line,) = shell.here("sessions", "list", environment=as_json)
+    _, (_, line, _) = shell.here("sessions", "list", environment=as_json)
     entry = json.loads(line)
     assert list(entry) == ["time", "level", "logger", "message"]
     assert (entry["level"], entry["logger"], entry["message"]) == ("INFO", "speaker", "a\nword")

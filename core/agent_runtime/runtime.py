@@ -20,7 +20,7 @@ import msgspec
 
 from .archives import Archives
 from .budget import Budget
-from .config import Config
+from .config import Config, redact_url
 from .door import CREATION_SCOPE, Door, Plan
 from .errors import (
     DrainIncomplete,
@@ -32,6 +32,7 @@ from .errors import (
     StorageUnavailable,
     again,
 )
+from .flushes import FlushLog
 from .identifiers import Identifiers, utc_now
 from .journal import Journal, JournalFiles
 from .keeper import JournalKeeper
@@ -80,13 +81,14 @@ class Runtime:
         self._log = Log(sequence, journal, power_safe=power_safe)
         self._budget = budget
         self._residents = Residents(bytes_max=config.residents.bytes_max, tail_messages=config.residents.tail_messages)
+        self._flush_log = FlushLog(plugins)
         self._scheduler = Scheduler(
             storage,
             lease.grant.fence,
             log=self._log,
             budget=self._budget,
             residents=self._residents,
-            observers=plugins,
+            observers=self._flush_log,
             options=_scheduler_options(config),
             now=utc_now,
             random=generator.random,
@@ -133,6 +135,7 @@ class Runtime:
         self._lease = lease
         self._lease_scope = anyio.CancelScope(shield=True)
         self._journal_scope = anyio.CancelScope()
+        self._flush_log_scope = anyio.CancelScope()
         self._fenced: LeaseLost | None = None
         self._fenced_off = anyio.Event()
 
@@ -352,6 +355,7 @@ class Runtime:
             drained = anyio.Event()
             tasks.start_soon(self._run_scheduler, drained)
             tasks.start_soon(self._run_lease)
+            tasks.start_soon(self._run_flush_log)
             if self._journal is not None:
                 tasks.start_soon(self._run_journal, self._journal)
             try:
@@ -391,6 +395,8 @@ class Runtime:
             await drained.wait()
             self._lease_scope.cancel()
             self._journal_scope.cancel()
+            self._flush_log_scope.cancel()
+            self._flush_log.tell()
 
     async def _run_scheduler(self, drained: anyio.Event) -> None:
         try:
@@ -407,6 +413,10 @@ class Runtime:
                 await self._lease.run()
         except LeaseLost as error:
             self._fence_off(error)
+
+    async def _run_flush_log(self) -> None:
+        with self._flush_log_scope:
+            await self._flush_log.run()
 
     async def _run_journal(self, keeper: JournalKeeper) -> None:
         with anyio.CancelScope(shield=True):
@@ -449,8 +459,7 @@ async def open_runtime(
     generator = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 — names and jitter, no secrets
     manager = PluginManager(disabled=config.plugins.disabled)
     manager.load(plugins)
-    factory = manager.storage_for(config.storage.url)
-    async with factory(StorageConfig(url=config.storage.url, options=dict(config.storage.options))) as storage:
+    async with _database(manager, config) as storage:
         files = files or journal_files(config, storage.abilities)
         levels_of(config, storage.abilities, journaled=files is not None and config.journal.enabled)
         async with claimed(config, storage, files, address) as (lease, directory, identity), AsyncExitStack() as stack:
@@ -494,6 +503,16 @@ async def open_runtime(
             )
             async with runtime._serve():
                 yield runtime
+
+
+@asynccontextmanager
+async def _database(manager: PluginManager, config: Config) -> AsyncIterator[Storage]:
+    """The storage, and the lines by which an operator sees that it is there, and that all went well to the end."""
+    factory = manager.storage_for(config.storage.url)
+    async with factory(StorageConfig(url=config.storage.url, options=dict(config.storage.options))) as storage:
+        logger.info("database initialized: %s", redact_url(config.storage.url))
+        yield storage
+    logger.info("shutdown complete")
 
 
 def _budget(config: Config) -> Budget:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.util import find_spec
 from typing import Annotated, Literal, TypeAlias
 
@@ -42,8 +41,6 @@ def serve(
     given = {"storage.url": storage, "http.host": host, "http.port": port}
     settings = load_config(config, overrides={key: value for key, value in given.items() if value is not None})
     configure_logging(settings, quiet=False)
-    if settings.logging.level != "DEBUG":
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells each of its own steps of opening a database
     if loop == "trio" and find_spec("hypercorn") is None:
         raise ConfigError(["--loop trio needs Hypercorn: pip install 'agent-runtime[trio]'"])
     options = {"use_uvloop": True} if loop == "asyncio" else {}

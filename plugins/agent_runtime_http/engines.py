@@ -65,7 +65,6 @@ class Uvicorn:
                 http="httptools",
                 lifespan="off",
                 log_config=None,
-                log_level="warning",
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
@@ -102,7 +101,6 @@ class Hypercorn:
         listener.close()
         config.backlog = _BACKLOG
         config.errorlog = logging.getLogger("hypercorn.error")
-        config.errorlog.setLevel("WARNING")
         config.include_server_header = False
         config.graceful_timeout = GRACE_S
         with self._scope:

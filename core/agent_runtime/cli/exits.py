@@ -17,7 +17,7 @@ import traceback
 from typing import Final
 
 from ..errors import AgentRuntimeError, LeaseHeld
-from .text import visible
+from .logs import told
 
 __all__ = ["FAILED", "HELD", "LEFT", "SIGNALLED", "USAGE", "Failure", "failure_of", "tell"]
 
@@ -57,7 +57,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def tell(*lines: str) -> None:
-    """Say something on standard error."""
+    """Say something on standard error, a line each, as logging is formatted."""
     for line in lines:
-        sys.stderr.write(f"agent-runtime: {visible(line)}\n")
+        sys.stderr.write(told(line) + "\n")
     sys.stderr.flush()
