@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ Logged = Callable[..., list[str]]
 
 
 @pytest.fixture
-def logged() -> Iterator[Logged]:
+def logged() -> Logged:
     """Configures logging, lets something be logged, and gives the lines."""
 
     def lines(log: Callable[[], object], **keys: str) -> list[str]:
@@ -55,7 +55,7 @@ def logged() -> Iterator[Logged]:
             log()
         return output.getvalue().splitlines()
 
-    yield lines
+    return lines
 
 
 def raise_and_log() -> None:
