@@ -41,7 +41,7 @@ from agent_runtime.testing.kit.writer import (
     switch_row,
     writing,
 )
-from agent_runtime.transfer import import_sessions
+from agent_runtime.transfer import chat_entries, import_sessions
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_postgresql import open_postgresql
 from agent_runtime_sql.tables import metadata, time_text
@@ -200,7 +200,7 @@ def whole(everything: Path) -> Path:
 
     async def write() -> None:
         async with Place(f"sqlite:///{path}", path=path).open() as runtime:
-            imported = await import_sessions(runtime, conversations(), name="sample", refused=pytest.fail)
+            imported = await import_sessions(runtime, chat_entries("sample", conversations()), refused=pytest.fail)
             assert imported.created == 150
 
     anyio.run(write)

@@ -37,6 +37,7 @@ from agent_runtime.testing import Faults, creates_session, faulty_plugin
 from agent_runtime.transfer import (
     Imported,
     export_sessions,
+    chat_entries,
     import_sessions,
     new_file,
     read_archive,
@@ -61,7 +62,7 @@ async def imported(runtime: Runtime, *lines: bytes | dict[str, Any], refused: li
     """Import these lines; every refusal must be expected."""
     refusals: list[str] = []
     encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
-    result = await import_sessions(runtime, each(encoded), name="f.jsonl", refused=refusals.append)
+    result = await import_sessions(runtime, chat_entries("f.jsonl", each(encoded)), refused=refusals.append)
     assert refusals == (refused or [])
     assert runtime.watermarks.stored == runtime.watermarks.accepted
     return result
@@ -476,7 +477,7 @@ async def test_what_is_too_large_is_refused_before_anything_is_stored() -> None:
     async with in_memory().open(write_behind={"pending_bytes_max": 65_536}) as runtime:
         lines_in = each(json.dumps(line).encode() for line in given_lines)
         await import_sessions(
-            runtime, lines_in, name="f", refused=lambda text: refusals.append(re.sub(r"\d{4,}", "N", text))
+            runtime, chat_entries("f", lines_in), refused=lambda text: refusals.append(re.sub(r"\d{4,}", "N", text))
         )
         assert runtime.watermarks.accepted == 0
     too_small = "go in at once or not at all; for that, write_behind.pending_bytes_max (N) is too small"
@@ -655,7 +656,7 @@ async def test_an_import_tells_of_what_went_to_quarantine_on_the_way() -> None:
                     await anyio.sleep(0.001)
 
         with pytest.raises(Quarantined) as caught:
-            await import_sessions(runtime, source(), name="f", refused=pytest.fail)
+            await import_sessions(runtime, chat_entries("f", source()), refused=pytest.fail)
         assert len(caught.value.sequences) == 1
         assert caught.value.sequences[0] > stored
         assert len([record async for record in runtime.scan_sessions()]) == 4
@@ -760,7 +761,7 @@ async def test_no_more_lines_are_read_than_are_worked_on() -> None:
         assert size == sum(len(json.dumps(line_of(f"s{number}"))) for number in range(done))
 
     async with in_memory().open() as runtime:
-        await import_sessions(runtime, source(), name="f", refused=pytest.fail, progress=progress)
+        await import_sessions(runtime, chat_entries("f", source()), refused=pytest.fail, progress=progress)
     assert done == 50
 
 

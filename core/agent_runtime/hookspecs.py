@@ -14,6 +14,7 @@ import pluggy
 
 from .changes import Batch, Change, Receipt
 from .client import ClientFactory
+from .formats import ImportFormat
 from .records import NewMessage
 from .storage import StorageFactory
 
@@ -51,6 +52,10 @@ class HookSpecs:
     @hookspec
     def agent_runtime_clients(self) -> Mapping[str, ClientFactory]:  # type: ignore[empty-body]
         """The URL schemes of servers that this plugin can talk to: how commands reach sessions that a server has."""
+
+    @hookspec
+    def agent_runtime_import_formats(self) -> Mapping[str, ImportFormat]:  # type: ignore[empty-body]
+        """What `agent-runtime import --format NAME` can read besides `chat`. A name has one plugin."""
 
     @hookspec
     def agent_runtime_lifespan(self, runtime: Runtime) -> AbstractAsyncContextManager[object] | None:

@@ -25,6 +25,7 @@ from .changes import Batch, Change, Receipt
 from .client import ClientFactory
 from .config import did_you_mean
 from .errors import ConfigError, InvalidInput, PluginError
+from .formats import ImportFormat
 from .hookspecs import PROJECT, HookSpecs
 from .records import NewMessage
 from .storage import LeaseDesk, Storage, StorageConfig, StorageFactory
@@ -246,8 +247,14 @@ class PluginManager:
         """The factory of each URL scheme."""
         return self._factories("agent_runtime_clients", "talks to servers under")[0]
 
-    def _factories(self, hook: str, does: str) -> tuple[dict[str, Any], dict[str, str]]:
-        """The factory of each scheme, and the plugin that brings it."""
+    def import_formats(self) -> dict[str, ImportFormat]:
+        """What opens a source of each format."""
+        return self._factories("agent_runtime_import_formats", "imports", "the name of a format")[0]
+
+    def _factories(
+        self, hook: str, does: str, what: str = "a URL scheme"
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The factory of each scheme (or whatever these names are), and the plugin that brings it."""
         factories: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for plugin, result in self.results(hook):
@@ -255,9 +262,7 @@ class PluginManager:
                 raise PluginError(plugin, hook, f"returned {_kind(result)}, not a mapping of scheme to factory")
             for scheme, factory in result.items():
                 if not (isinstance(scheme, str) and _SCHEME.fullmatch(scheme) and callable(factory)):
-                    raise PluginError(
-                        plugin, hook, f"{scheme!r} is not a URL scheme (lower case) with a callable factory"
-                    )
+                    raise PluginError(plugin, hook, f"{scheme!r} is not {what} (lower case) with a callable factory")
                 if scheme in owners:
                     raise PluginError(
                         plugin, hook, f"{does} {scheme!r}, as {owners[scheme]!r} does; disable one of the two"

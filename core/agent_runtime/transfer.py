@@ -1,10 +1,11 @@
 """Sessions in and out: JSON Lines, one session a line, in the format of `archive`.
 
-Import: lines are read as they are needed. A few sessions are in flight at once, so that one is looked up while another
-is parsed; new ones are made in the order of their lines. A session that can't be stored, or differs from the one that
-is there under its id, is refused as a whole, naming its line and the place in it; the others go in. What is there
-already is left alone, so an import may be repeated, and one that was interrupted goes on where it stopped. It ends when
-everything is stored.
+Import: entries, each with such a line, are read as they are needed; a file of lines is the format `chat`, others come
+from plugins (`formats`). A few sessions are in flight at once, so that one is looked up while another is parsed; new
+ones are made in the order of their lines. A session that can't be stored, or differs from the one that is there under
+its id, is refused as a whole, naming its line and the place in it; the others go in. What is there already is left
+alone, so an import may be repeated, and one that was interrupted goes on where it stopped. It ends when everything is
+stored.
 
 Export: a line is a session at one moment; lines are in order of creation. A file appears whole under its name, or not
 at all.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ from .errors import (
     SessionHeld,
     SessionNotFound,
 )
+from .formats import Entry
 from .identifiers import utc_now
 from .runtime import Runtime
 from .session import PAGE_ITEMS_MAX
@@ -43,6 +45,7 @@ from .session import PAGE_ITEMS_MAX
 __all__ = [
     "LINE_BYTES_MAX",
     "Imported",
+    "chat_entries",
     "export_sessions",
     "import_sessions",
     "new_file",
@@ -72,50 +75,56 @@ async def restore_session(runtime: Runtime, archive: Archive) -> Restored:
 
 
 class Imported(msgspec.Struct):
-    """How many sessions of an import are new, had messages appended, were there already, and could not be restored."""
+    """How many sessions of an import are new, had messages appended, were there already, and could not be restored.
+
+    `problems` counts what the source had besides that did not become what it should, and was told of.
+    """
 
     created: int = 0
     resumed: int = 0
     unchanged: int = 0
     refused: int = 0
+    problems: int = 0
 
     @property
     def sessions(self) -> int:
         """All of them."""
         return self.created + self.resumed + self.unchanged + self.refused
 
-    def count(self, outcome: Restored | Literal["refused"]) -> None:
+    @property
+    def complete(self) -> bool:
+        """Whether all that the source had is there now."""
+        return not (self.refused or self.problems)
+
+    def count(self, outcome: Restored | Literal["refused", "problems"]) -> None:
         """One more."""
         setattr(self, outcome, getattr(self, outcome) + 1)
 
 
 async def import_sessions(
     runtime: Runtime,
-    lines: AsyncIterable[bytes],
+    entries: AsyncIterable[Entry],
     *,
-    name: str,
     refused: Callable[[str], None],
     progress: Callable[[Imported, int], None] = lambda imported, size: None,
 ) -> Imported:
-    """Restore the session of each line; blank ones are skipped. Returns when all are stored.
+    """Restore the session of each entry; blank ones are skipped. Returns when all are stored.
 
-    `refused` is told of each session that is not restored, in a text that begins with `name` and the line's number.
-    `progress` is told, after each line, the numbers and bytes so far.
+    `refused` is told of each problem, and of each session that is not restored, in a text that begins with the place of
+    the entry. `progress` is told, after each entry, the numbers and the sizes so far.
 
     Raises:
         StorageError, LeaseLost, Quarantined, RuntimeClosed: it stopped, or what it did could not be stored.
     """
-    run = _Import(runtime, name, refused, progress)
+    run = _Import(runtime, refused, progress)
     begun_at = runtime.watermarks.accepted
     async with anyio.create_task_group() as tasks:
         turn = anyio.Event()
         turn.set()
-        number = 0
-        async for line in lines:
+        async for entry in entries:
             await run.slots.acquire()
-            number += 1
             mine, turn = turn, anyio.Event()
-            tasks.start_soon(run.restore, number, line, utc_now(), mine, turn, tasks.cancel_scope)
+            tasks.start_soon(run.restore, entry, utc_now(), mine, turn, tasks.cancel_scope)
     if run.failure is not None:
         raise run.failure
     await _flush(runtime)
@@ -134,41 +143,37 @@ class _Import:
     """An import under way."""
 
     def __init__(
-        self, runtime: Runtime, name: str, refused: Callable[[str], None], progress: Callable[[Imported, int], None]
+        self, runtime: Runtime, refused: Callable[[str], None], progress: Callable[[Imported, int], None]
     ) -> None:
         self.imported = Imported()
         self.failure: AgentRuntimeError | None = None
         self.slots = anyio.Semaphore(_IN_FLIGHT, fast_acquire=True)
         self._runtime = runtime
-        self._name = name
         self._refused = refused
         self._progress = progress
-        self._bytes = 0
+        self._size = 0
 
     async def restore(
-        self,
-        number: int,
-        line: bytes,
-        now: datetime,
-        turn: anyio.Event,
-        done: anyio.Event,
-        scope: anyio.CancelScope,
+        self, entry: Entry, now: datetime, turn: anyio.Event, done: anyio.Event, scope: anyio.CancelScope
     ) -> None:
-        """Restore a line's session. New ones, and reports, wait for their turn, when all lines before are done."""
+        """Restore an entry's session. New ones, and reports, wait for their turn, when all entries before are done."""
         try:
-            outcome = await self._outcome(line, now, turn) if line.strip() else None
+            outcome = await self._outcome(entry.line, now, turn) if entry.line.strip() else None
         except AgentRuntimeError as error:
             self.failure = self.failure or error
             scope.cancel()
             return
         await turn.wait()
-        self._bytes += len(line)
+        self._size += entry.size
+        for problem in entry.problems:
+            self.imported.count("problems")
+            self._refused(f"{entry.place}: {problem}")
         if isinstance(outcome, InvalidInput):
             self.imported.count("refused")
-            self._refused(f"{self._name}:{number}: {outcome}")
+            self._refused(f"{entry.place}: {_in_source(outcome, entry.places)}")
         elif outcome is not None:
             self.imported.count(outcome)
-        self._progress(self.imported, self._bytes)
+        self._progress(self.imported, self._size)
         done.set()
         self.slots.release()
 
@@ -195,6 +200,23 @@ class _Import:
                 "session_id",
                 f"{error}, with other messages; delete it first, or give this one another id",
             )
+
+
+def _in_source(error: InvalidInput, places: Mapping[str, str]) -> str:
+    """The error, with the place in the line called what it is in the source: by the longest that is known."""
+    for place in sorted(places, key=len, reverse=True):
+        rest = error.path.removeprefix(place)
+        if rest != error.path and rest[:1] in ("", ".", "["):
+            return f"{places[place]}{rest}: {error.problem}"
+    return str(error)
+
+
+async def chat_entries(name: str, lines: AsyncIterable[bytes]) -> AsyncGenerator[Entry, None]:
+    """The lines of a file called `name`, by their numbers."""
+    number = 0
+    async for line in lines:
+        number += 1
+        yield Entry(place=f"{name}:{number}", line=line, size=len(line))
 
 
 async def read_lines(file: BinaryIO) -> AsyncGenerator[bytes, None]:

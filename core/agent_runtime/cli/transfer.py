@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, Final
 
 import anyio.to_thread
 import typer
 
+from ..config import Config, did_you_mean
+from ..formats import Entry, ImportFormat, ImportRequest, ImportSource
+from ..plugins import PluginManager
 from ..runtime import Runtime
-from ..transfer import Imported, export_sessions, import_sessions, new_file, read_lines
+from ..transfer import Imported, chat_entries, export_sessions, import_sessions, new_file, read_lines
 from .exits import FAILED, tell
 from .options import ConfigFile, StorageUrl, load
 from .running import run
@@ -25,26 +27,29 @@ from .text import visible
 
 __all__ = ["export", "import_"]
 
+CHAT: Final = "chat"
 _STANDARD = Path("-")
 
 
-class Format(StrEnum):
-    """What a file to import holds."""
-
-    CHAT = "chat"
-
-
 def import_(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="JSON Lines, one session a line; - reads standard input.")
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|URL", help="JSON Lines, one session a line; - reads standard input.")
     ],
     format_: Annotated[
-        Format, typer.Option("--format", help="chat: messages in chat format, or what export writes.")
-    ] = Format.CHAT,
+        str,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="chat: messages in chat format, or what export writes. Plugins bring others, such as databases.",
+        ),
+    ] = CHAT,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Restore sessions too that the source keeps, but marks as deleted.")
+    ] = False,
     config_file: ConfigFile = None,
     storage: StorageUrl = None,
 ) -> None:
-    """Import sessions from a file.
+    """Import sessions from a file, or from what a plugin can read.
 
     A line is a JSON object with a session_id and messages in chat format; what export writes is restored fully.
 
@@ -53,20 +58,47 @@ def import_(
     and the field; the others go in, and the exit code is 1.
     """
     config = load(config_file, storage)
-    with _reading(file) as lines:
-        imported = run(config, partial(_import, file=lines, name=_name(file, "standard input"), total=_size(lines)))
-    typer.echo(f"{_name(file, 'standard input')}: {_summary(imported)}")
-    if imported.refused:
+    with _format(config, format_)(ImportRequest(source=source, deleted=deleted)) as opened:
+        imported = run(config, partial(_import, source=opened))
+    typer.echo(f"{opened.name}: {_summary(imported)}")
+    if not imported.complete:
         raise typer.Exit(FAILED)
 
 
-async def _import(runtime: Runtime, *, file: BinaryIO, name: str, total: int | None) -> Imported:
-    with progress(f"importing {name}", total) as told:
-        async with aclosing(read_lines(file)) as lines:
+def _format(config: Config, name: str) -> ImportFormat:
+    """The format of this name."""
+    plugins = PluginManager(disabled=config.plugins.disabled)
+    plugins.load()
+    formats = {CHAT: open_chat} | plugins.import_formats()
+    if name not in formats:
+        known = ", ".join(formats)
+        raise typer.BadParameter(f"{name!r} is not one of {known}{did_you_mean(name, formats)}", param_hint="--format")
+    return formats[name]
+
+
+@contextmanager
+def open_chat(request: ImportRequest) -> Iterator[ImportSource]:
+    """The format `chat`: JSON Lines in a file, or from standard input."""
+    if request.deleted:
+        raise typer.BadParameter("files in the format chat mark no session as deleted", param_hint="--deleted")
+    file = Path(request.source)
+    name = _name(file, "standard input")
+    with _reading(file) as lines:
+        yield ImportSource(name=name, entries=_chat_entries(name, lines), total=_size(lines))
+
+
+async def _chat_entries(name: str, file: BinaryIO) -> AsyncGenerator[Entry, None]:
+    async with aclosing(read_lines(file)) as lines, aclosing(chat_entries(name, lines)) as entries:
+        async for entry in entries:
+            yield entry
+
+
+async def _import(runtime: Runtime, *, source: ImportSource) -> Imported:
+    with progress(f"importing {source.name}", source.total) as told:
+        async with aclosing(source.entries) as entries:
             return await import_sessions(
                 runtime,
-                lines,
-                name=name,
+                entries,
                 refused=tell,
                 progress=lambda imported, size: told(f"{imported.sessions} session(s)", size),
             )
@@ -79,6 +111,8 @@ def _summary(imported: Imported) -> str:
         "unchanged": imported.unchanged,
         "refused": imported.refused,
     }
+    if imported.problems:
+        parts["problem(s)"] = imported.problems
     return ", ".join(f"{count} {what}" for what, count in parts.items())
 
 
