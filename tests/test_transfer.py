@@ -36,8 +36,8 @@ from agent_runtime.archive import Archive, archive_line, parse_line
 from agent_runtime.testing import Faults, creates_session, faulty_plugin
 from agent_runtime.transfer import (
     Imported,
-    export_sessions,
     chat_entries,
+    export_sessions,
     import_sessions,
     new_file,
     read_archive,

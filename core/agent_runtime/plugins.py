@@ -251,9 +251,7 @@ class PluginManager:
         """What opens a source of each format."""
         return self._factories("agent_runtime_import_formats", "imports", "the name of a format")[0]
 
-    def _factories(
-        self, hook: str, does: str, what: str = "a URL scheme"
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    def _factories(self, hook: str, does: str, what: str = "a URL scheme") -> tuple[dict[str, Any], dict[str, str]]:
         """The factory of each scheme (or whatever these names are), and the plugin that brings it."""
         factories: dict[str, Any] = {}
         owners: dict[str, str] = {}
