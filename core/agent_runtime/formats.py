@@ -32,7 +32,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImportRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be read: `source` as the command line has it; `deleted`: also sessions that are only marked deleted."""
+    """What is to be read: `source`, as the command line has it; `deleted`: also sessions only marked as deleted."""
 
     source: str
     deleted: bool = False
