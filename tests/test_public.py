@@ -33,6 +33,7 @@ DOCUMENTS = [
     "README.md",
     "CHANGELOG.md",
     *(f"{folder}/README.md" for folder in FOLDERS),
+    "plugins/agent_runtime_codelab/README.md",
     "plugins/agent_runtime_http/README.md",
 ]
 
@@ -40,6 +41,9 @@ PUBLIC = [
     "AgentContext",
     "AgentRuntimeError",
     "AgentSwitch",
+    "Approval",
+    "ApprovalDecided",
+    "ApprovalNotFound",
     "BlockingRuntime",
     "BlockingSessionHandle",
     "Config",

@@ -9,10 +9,13 @@ These are the public names; what is not here, nor in `agent_runtime.storage`, `r
 `keyed`, `process` and `testing` (for authors of plugins), may change without notice.
 """
 
+from .approvals import Approval
 from .blocking import BlockingRuntime, BlockingSessionHandle, open_runtime_blocking
 from .config import Config
 from .errors import (
     AgentRuntimeError,
+    ApprovalDecided,
+    ApprovalNotFound,
     ConfigError,
     DrainIncomplete,
     DurabilityNotReached,
@@ -47,6 +50,9 @@ __all__ = [
     "AgentContext",
     "AgentRuntimeError",
     "AgentSwitch",
+    "Approval",
+    "ApprovalDecided",
+    "ApprovalNotFound",
     "BlockingRuntime",
     "BlockingSessionHandle",
     "Config",

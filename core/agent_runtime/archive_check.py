@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from .approvals import APPROVALS, approval_in
 from .archive import Archive
 from .errors import InvalidInput
 from .plans import TITLE_CHARS_MAX
@@ -89,6 +90,11 @@ def _checked_document(path: str, document: Document) -> Document:
         check_text(f"{path}.media_type", document.media_type, MEDIA_TYPE_CHARS_MAX)
         if not isinstance(document.value, bytes):
             raise InvalidInput(f"{path}.data", f"must be bytes, not {type(document.value).__name__}")
+    if document.collection == APPROVALS:
+        try:
+            approval_in(document)
+        except InvalidInput as error:
+            raise error.below(path) from None
     return msgspec.structs.replace(document, updated_at=check_time(f"{path}.updated_at", document.updated_at))
 
 

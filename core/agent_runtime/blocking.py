@@ -18,6 +18,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from anyio.lowlevel import current_token
 from msgspec import UNSET, UnsetType
 
+from .approvals import Approval, ApprovalStatus, Decision
 from .config import Config
 from .errors import DurabilityNotReached, InvalidInput, RuntimeClosed
 from .journal import JournalFiles
@@ -296,6 +297,54 @@ class BlockingSessionHandle(_Caller):
     ) -> bool:
         return self._call(
             self._session.delete_document, collection, key, durability=durability, idempotency_key=idempotency_key
+        )
+
+    def request_approval(
+        self,
+        call_id: str,
+        tool_name: str,
+        arguments: Any,
+        *,
+        reason: str | None = None,
+        expires_in_s: float | None = None,
+        durability: Durability | None = "stored",
+        idempotency_key: str | None = None,
+    ) -> Approval:
+        return self._call(
+            self._session.request_approval,
+            call_id,
+            tool_name,
+            arguments,
+            reason=reason,
+            expires_in_s=expires_in_s,
+            durability=durability,
+            idempotency_key=idempotency_key,
+        )
+
+    def approvals(self, *, status: ApprovalStatus | None = "pending") -> list[Approval]:
+        return self._call(self._session.approvals, status=status)
+
+    def approval(self, approval_id: str) -> Approval:
+        return self._call(self._session.approval, approval_id)
+
+    def decide_approval(
+        self,
+        approval_id: str,
+        decision: Decision,
+        *,
+        arguments: Any = None,
+        reason: str | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Approval:
+        return self._call(
+            self._session.decide_approval,
+            approval_id,
+            decision,
+            arguments=arguments,
+            reason=reason,
+            durability=durability,
+            idempotency_key=idempotency_key,
         )
 
 

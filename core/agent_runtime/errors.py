@@ -5,6 +5,8 @@
     ├── SessionNotFound
     ├── SessionExists
     ├── SessionHeld               an earlier change of the session waits in quarantine
+    ├── ApprovalNotFound
+    ├── ApprovalDecided           somebody decided before, or it has expired
     ├── IdempotencyConflict       the key was used with another body
     ├── Overloaded                the budget for unstored changes stayed full; nothing was changed
     ├── DurabilityNotReached      applied, but not yet at the level asked for
@@ -32,10 +34,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+if TYPE_CHECKING:
+    from .approvals import Approval
 
 __all__ = [
     "AgentRuntimeError",
+    "ApprovalDecided",
+    "ApprovalNotFound",
     "ChangeRejected",
     "ConfigError",
     "DrainIncomplete",
@@ -132,6 +139,24 @@ class SessionHeld(_SessionError):
             session_id,
             f"the session {session_id!r} is held: one of its changes is in quarantine; replay or drop it first",
         )
+
+
+class ApprovalNotFound(AgentRuntimeError):
+    """The session has no such approval, or its request is not stored yet."""
+
+    def __init__(self, approval_id: str) -> None:
+        super().__init__(f"there is no approval {approval_id!r}")
+        self.approval_id = approval_id
+
+
+class ApprovalDecided(AgentRuntimeError):
+    """An approval that can't be decided any more. `approval` says what was decided, and when; or it has expired."""
+
+    def __init__(self, approval: Approval) -> None:
+        at = approval.expires_at if approval.status == "expired" else approval.decided_at
+        when = "" if at is None else f" at {at.isoformat()}"
+        super().__init__(f"the approval {approval.approval_id!r} is {approval.status}{when}, which stands")
+        self.approval = approval
 
 
 class IdempotencyConflict(AgentRuntimeError):

@@ -67,6 +67,10 @@ class Planner:
         self._identifiers = identifiers
         self._now = now
 
+    def identifier(self) -> str:
+        """A new one, for what a plan is about to make."""
+        return self._identifiers.new()
+
     def _change(self, resident: Resident, **parts: Any) -> Change:
         fields: dict[str, Any] = {
             "last_activity": self._now(),

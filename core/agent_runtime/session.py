@@ -15,12 +15,14 @@ with the same arguments gives the first call's result again, for 24 h; with othe
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .approvals import APPROVALS, Approval, Approvals, ApprovalStatus, Deciding, Decision, check_decision, check_status
 from .door import Door, Plan, Request
 from .errors import DurabilityNotReached, InvalidInput
 from .plans import TITLE_CHARS_MAX, NotInTail, Planner, Stale, only
@@ -57,6 +59,7 @@ __all__ = ["DESCRIPTION_CHARS_MAX", "PAGE_ITEMS_MAX", "REASON_CHARS_MAX", "Hooks
 DESCRIPTION_CHARS_MAX: Final = 20_000
 REASON_CHARS_MAX: Final = 20_000
 MEDIA_TYPE_CHARS_MAX: Final = 255
+EXPIRY_MAX_S: Final = 10 * 366 * 86_400
 PAGE_ITEMS_MAX: Final = 1000
 T = TypeVar("T")
 
@@ -95,6 +98,7 @@ _read_popped: Final[Callable[[str], Message | None]] = msgspec.json.Decoder(Mess
 _read_session: Final = _json(Session)
 _read_context: Final = _json(AgentContext)
 _read_bool: Final = _json(bool)
+_read_approval: Final = _json(Approval)
 
 
 def _read_none(_: str) -> None:
@@ -429,7 +433,7 @@ class SessionHandle:
         idempotency_key: str | None = None,
     ) -> Document:
         """Write or replace a document: a JSON value, or bytes with their media type."""
-        check_id("collection", collection)
+        _check_writable(collection)
         check_id("key", key)
         if isinstance(value, (bytes, bytearray, memoryview)):
             value = bytes(value)
@@ -474,7 +478,7 @@ class SessionHandle:
         idempotency_key: str | None = None,
     ) -> bool:
         """Delete a document. Returns whether there was one."""
-        check_id("collection", collection)
+        _check_writable(collection)
         check_id("key", key)
         request = request_for(idempotency_key, "delete_document", [collection, key], _read_bool)
         there, seen = False, -1  # whether there is one, as of which change; nobody has looked yet
@@ -491,6 +495,92 @@ class SessionHandle:
                 row, seen = await self._reads.document_row(self.session_id, self.incarnation, collection, key)
                 there = row is not None
 
+    # Approvals
+
+    async def request_approval(
+        self,
+        call_id: str,
+        tool_name: str,
+        arguments: Any,
+        *,
+        reason: str | None = None,
+        expires_in_s: float | None = None,
+        durability: Durability | None = "stored",
+        idempotency_key: str | None = None,
+    ) -> Approval:
+        """Ask a person about a tool call; by default returns once that is stored, which is when it is shown.
+
+        `arguments` is any JSON value. After `expires_in_s` (seconds; None: never) nobody can decide any more.
+        """
+        check_label("call_id", call_id)
+        check_label("tool_name", tool_name)
+        check_json("arguments", arguments)
+        if reason is not None:
+            check_text("reason", reason, REASON_CHARS_MAX)
+        now = self._door.now()
+        approval = Approval(
+            approval_id=self._planner.identifier(),
+            call_id=call_id,
+            tool_name=tool_name,
+            arguments=arguments,
+            reason=reason,
+            created_at=now,
+            expires_at=None if expires_in_s is None else now + _life(expires_in_s),
+        )
+        body = [call_id, tool_name, arguments, reason, expires_in_s]
+        request = request_for(idempotency_key, "request_approval", body, _read_approval)
+        return await self._write(partial(self._approvals.put, approval=approval), durability, request)
+
+    async def approvals(self, *, status: ApprovalStatus | None = "pending") -> list[Approval]:
+        """The approvals of a status (None: all), in the order in which they were requested."""
+        if status is not None:
+            check_status(status)
+        return [each for each in await self._approvals.all() if status in (None, each.status)]
+
+    async def approval(self, approval_id: str) -> Approval:
+        """One approval, as it stands now.
+
+        Raises:
+            ApprovalNotFound: the session has none with this id.
+        """
+        return await self._approvals.one(check_id("approval_id", approval_id))
+
+    async def decide_approval(
+        self,
+        approval_id: str,
+        decision: Decision,
+        *,
+        arguments: Any = None,
+        reason: str | None = None,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> Approval:
+        """Decide: `approve` the call as it is, approve an `edit` with other `arguments`, or `reject` it.
+
+        Raises:
+            ApprovalNotFound: the session has none with this id.
+            ApprovalDecided: it is decided already, or has expired; nothing was changed.
+        """
+        check_id("approval_id", approval_id)
+        check_decision(decision)
+        if (arguments is not None) != (decision == "edit"):
+            raise InvalidInput("arguments", "go with the decision 'edit', and only with it")
+        check_json("arguments", arguments)
+        if reason is not None:
+            check_text("reason", reason, REASON_CHARS_MAX)
+        body = [approval_id, decision, arguments, reason]
+        request = request_for(idempotency_key, "decide_approval", body, _read_approval)
+        deciding = Deciding(self._approvals, approval_id, decision, arguments, reason)
+        while True:
+            try:
+                return await self._write(lambda it: deciding.plan(it, self._door.now()), durability, request)
+            except Stale:
+                await deciding.read()
+
+    @property
+    def _approvals(self) -> Approvals:
+        return Approvals(self.session_id, self.incarnation, self._door, self._planner, self._reads)
+
     async def _write(
         self, plan: Callable[[Resident], Plan[T]], durability: Durability | None, request: Request[T] | None
     ) -> T:
@@ -502,6 +592,19 @@ class SessionHandle:
             durability=durability,
             request=request,
         )
+
+
+def _check_writable(collection: str) -> None:
+    """A collection that documents can be put into."""
+    if check_id("collection", collection) == APPROVALS:
+        raise InvalidInput("collection", "holds approvals: they are requested and decided, not put")
+
+
+def _life(expires_in_s: float) -> timedelta:
+    """How long an approval can be decided."""
+    if type(expires_in_s) not in (int, float) or not 0 < expires_in_s <= EXPIRY_MAX_S:
+        raise InvalidInput("expires_in_s", f"must be a number of seconds above 0, at most {EXPIRY_MAX_S}")
+    return timedelta(seconds=expires_in_s)
 
 
 def _object_text(path: str, value: object) -> str:

@@ -11,7 +11,7 @@ also where it is no valid time, JSON or UTF-8.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,11 @@ _FORMS: Final = "write sqlite:///old.db or postgresql://user:password@host:5432/
 
 
 class OldDatabase(Protocol):
-    """A moment of an old database. `position` is the name of what orders rows by when they were inserted."""
+    """A moment of an old database."""
 
-    position: str
+    @property
+    def position(self) -> str:
+        """The name of what orders rows by when they were inserted."""
 
     async def columns(self, table: str) -> Sequence[str]:
         """The columns of a table; none if it is not there."""
@@ -51,13 +53,13 @@ class OldDatabase(Protocol):
 class Opener:
     """How to open an old database. `name` is what it is called in reports, without secrets."""
 
-    def __init__(self, name: str, function: partial[AbstractAsyncContextManager[OldDatabase]]) -> None:
+    def __init__(self, name: str, function: Callable[[], AbstractAsyncContextManager[OldDatabase]]) -> None:
         self.name = name
         self.open = function
 
 
 def opener(url: str) -> Opener:
-    """How to open the database at a URL, in the forms that the configuration takes too.
+    """How to open the database at a URL, in the forms that the configuration takes too, or SQLite's in a file.
 
     Raises:
         InvalidInput: the URL is none of these, or there is no such file.
@@ -74,6 +76,8 @@ def opener(url: str) -> Opener:
             parts = urlsplit(dsn)
             host = parts.netloc.rpartition("@")[2] or "the local socket"
             return Opener(f"database {parts.path.lstrip('/')} at {host}", partial(_postgresql, dsn))
+        case _ if Path(url).is_file():
+            return Opener(url, partial(_sqlite, Path(url)))
     raise InvalidInput("source", f"is not a URL of an old database; {_FORMS}")
 
 

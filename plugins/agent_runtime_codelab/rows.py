@@ -17,8 +17,8 @@ from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
-from agent_runtime import InvalidInput, NewMessage
-from agent_runtime.approvals import APPROVALS, Approval, ApprovalStatus, value_of
+from agent_runtime import Approval, InvalidInput, NewMessage
+from agent_runtime.approvals import APPROVALS, ApprovalStatus
 from agent_runtime.formats import Entry
 from agent_runtime.plans import TITLE_CHARS_MAX
 from agent_runtime.records import DEFAULT_AGENT
@@ -93,7 +93,7 @@ class _Conversion:
         rows = self._in_order("messages", old.messages, "timestamp")
         messages = [pair for row, time in rows if (pair := self._message(row, time)) is not None]
         context, switches = self._contexts(created_at)
-        approvals = [pair for row in old.approvals if (pair := self._approval(row)) is not None]
+        approvals = [document for row in old.approvals if (document := self._approval(row)) is not None]
         line = {
             "session_id": session_id,
             "title": self._field("sessions", session, "title", _text(TITLE_CHARS_MAX)),
@@ -166,7 +166,9 @@ class _Conversion:
                 switches.append(converted)
                 agent = converted["to_agent"]
         if row["switch_count"] != len(switches):
-            problem = f"switch_count: is {row['switch_count']}, there are {len(switches)} switches, which count; the row is"
+            problem = (
+                f"switch_count: is {row['switch_count']}, there are {len(switches)} switches, which count; the row is"
+            )
             self._set_aside("agent_contexts", row, problem)
         return {
             "current_agent": self._field("agent_contexts", row, "current_agent", check_name) or agent,
@@ -217,7 +219,7 @@ class _Conversion:
             "collection": APPROVALS,
             "key": approval.approval_id,
             "updated_at": approval.created_at,
-            "value": value_of(approval),
+            "value": approval,
         }
 
     # Columns
@@ -308,4 +310,3 @@ def _moment(column: str, value: object) -> datetime:
 def _plain(value: object) -> str:
     """What JSON has no form for, as text: times, and bytes in hexadecimal digits."""
     return value.hex() if isinstance(value, bytes) else str(value)
-

@@ -16,6 +16,8 @@ import msgspec
 from starlette.exceptions import HTTPException
 
 from agent_runtime import (
+    ApprovalDecided,
+    ApprovalNotFound,
     DurabilityNotReached,
     IdempotencyConflict,
     InvalidInput,
@@ -98,6 +100,8 @@ FAILURES: Final[Mapping[type[Exception], Kind]] = {
     SessionNotFound: Kind(404, "session-not-found", "There is no such session"),
     SessionExists: Kind(409, "session-exists", "The session exists already"),
     SessionHeld: Kind(409, "session-held", "The session is held until its change in quarantine is dealt with"),
+    ApprovalNotFound: Kind(404, "approval-not-found", "There is no such approval"),
+    ApprovalDecided: Kind(409, "approval-decided", "The approval can't be decided any more"),
     IdempotencyConflict: Kind(409, "idempotency-conflict", "The idempotency key was used for another request"),
     Quarantined: Kind(409, "quarantined", "Applied, but the database refuses it; it is kept in quarantine"),
     Overloaded: Kind(503, "overloaded", "Too many unstored changes", again=True),
