@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import pickle
@@ -51,6 +52,7 @@ API_DEFAULTS: dict[str, dict[str, Any]] = {
         "body_bytes_max": 1048576,
         "tokens": [],
         "tokens_file": None,
+        "origins": [],
         "insecure": False,
     },
     "logging": {"level": "INFO", "format": "text"},
@@ -64,7 +66,7 @@ def variable(key: str) -> str:
 
 def value_at(config: Config, key: str) -> Any:
     section, name = key.split(".")
-    return config.shown()[section][name]
+    return config.shown()[section][name] if key != "http.tokens" else [*config.http.tokens]
 
 
 def write(tmp_path: Path, text: str | bytes) -> Path:
@@ -131,6 +133,9 @@ SETTABLE: dict[str, tuple[object, object, object]] = {
     "http.host": ("::1", "localhost", "10.0.0.1"),
     "http.port": (0, 1, 65535),
     "http.body_bytes_max": (1024, 2048, 10**9),
+    "http.tokens": ([f"sha256:{'a' * 64}"], [f"sha256:{'b' * 64}"], [f"sha256:{'c' * 64}"] * 2),
+    "http.tokens_file": ("a", "b", "c"),
+    "http.origins": (["https://a"], ["http://b:1", "https://c.d"], []),
     "http.insecure": (True, False, True),
     "logging.level": ("DEBUG", "WARNING", "ERROR"),
     "logging.format": ("json", "text", "json"),
@@ -191,7 +196,7 @@ def test_equality_is_of_values_and_copies_keep_origins(tmp_path: Path) -> None:
     for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert twin == config
         assert twin.origin("storage.url") == f"{file}:1"
-    assert "origin" not in config.model_dump_json()
+    assert "_origins" not in config.model_dump_json()
 
 
 def test_from_python() -> None:
@@ -271,9 +276,8 @@ def test_a_key_whose_feature_has_not_landed_is_accepted_only_at_its_default(key:
 
 
 def test_not_landed_are_exactly_these() -> None:
-    assert {key.split(".")[0] for key in NOT_LANDED} == {"lease", "retention", "http"}
+    assert {key.split(".")[0] for key in NOT_LANDED} == {"lease", "retention"}
     assert [key for key in NOT_LANDED if key.startswith("lease")] == ["lease.unreachable", "lease.wait"]
-    assert [key for key in NOT_LANDED if key.startswith("http")] == ["http.tokens", "http.tokens_file"]
 
 
 def test_all_faults_of_all_sources_come_at_once(tmp_path: Path) -> None:
@@ -415,6 +419,18 @@ def test_any_file_is_read_or_refused_in_clear_lines(
         ({"AGENT_RUNTIME__PLUGINS__DISABLED": "http"}, "must be a list, as in [a, b], not text"),
         ({"AGENT_RUNTIME__PLUGINS__CONFIG": "[1, 2]"}, "must be a mapping, not a list"),
         (
+            {"AGENT_RUNTIME__HTTP__TOKENS": "[good, hunter 2]"},
+            "[1]: must be a token (letters, digits and -._~+/, then perhaps =) or sha256: and its SHA-256 in hex",
+        ),
+        (
+            {"AGENT_RUNTIME__HTTP__TOKENS": "[sha256:hunter2]"},
+            "[0]: must have 64 hexadecimal digits after sha256:",
+        ),
+        (
+            {"AGENT_RUNTIME__HTTP__ORIGINS": "[https://a.example/]"},
+            "[0]: must be an origin, such as https://console.example.com",
+        ),
+        (
             {"AGENT_RUNTIME__PLUGINS__CONFIG": "{a: *secret}"},
             "is not YAML: found undefined alias …",
         ),
@@ -433,7 +449,23 @@ def test_any_file_is_read_or_refused_in_clear_lines(
     ],
 )
 def test_faults_in_the_environment(environ: dict[str, str], expected: str) -> None:
-    assert problems(environ=environ) == [f"{next(iter(environ))}: {expected}"]
+    place = "" if expected.startswith("[") else ": "
+    assert problems(environ=environ) == [f"{next(iter(environ))}{place}{expected}"]
+
+
+def test_of_a_token_nothing_is_kept_but_its_hash(tmp_path: Path) -> None:
+    found = hashlib.sha256(b"hunter2").hexdigest()
+    digest = f"sha256:{found}"
+    given: tuple[Config, ...] = (
+        load_config(write(tmp_path, "http: {tokens: [hunter2]}"), environ={}),
+        load_config(environ={"AGENT_RUNTIME__HTTP__TOKENS": '["hunter2"]'}),
+        Config.of(http={"tokens": ["hunter2"]}),
+        Config.of(http={"tokens": [f"sha256:{found.upper()}"]}),
+    )
+    for config in given:
+        assert config.http.tokens == (digest,)
+        assert b"hunter2" not in pickle.dumps(config)
+        assert digest not in repr(config) + str(config.shown())
 
 
 def test_names_in_any_case_but_only_once() -> None:

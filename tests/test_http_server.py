@@ -174,7 +174,9 @@ def test_an_address_that_is_not_ours(storage: str) -> None:
 
 def test_other_machines_are_let_in_only_explicitly(storage: str) -> None:
     for host in ("0.0.0.0", "::"):
-        assert "set http.insecure to true" in failed(1, "--storage", storage, "--host", host, "--port", "0")
+        assert "set http.tokens or http.tokens_file, or http.insecure to true" in failed(
+            1, "--storage", storage, "--host", host, "--port", "0"
+        )
     variables = {"AGENT_RUNTIME__HTTP__INSECURE": "true"}
     with serving("--storage", storage, "--host", "0.0.0.0", environ=variables) as server:
         assert server.url == f"http://{socket.gethostname()}:{server.port}"

@@ -7,6 +7,7 @@ stand in those lines: a value may be a secret). Where values come from is `sourc
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType
@@ -49,6 +50,7 @@ __all__ = [
     "did_you_mean",
     "known_keys",
     "redact_url",
+    "token_digest",
     "worded",
 ]
 
@@ -88,6 +90,28 @@ def _redacted(name: str, value: object) -> object:
     return redact_url(value) if isinstance(value, str) else value
 
 
+_is_token: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*").fullmatch  # RFC 6750, section 2.1
+_is_digest: Final = re.compile(r"sha256:[0-9a-f]{64}").fullmatch
+
+
+def token_digest(text: str) -> str:
+    """What is kept of a bearer token: `sha256:` and the SHA-256 of it in hex. What looks like that is one already.
+
+    Raises:
+        ValueError: it is neither; the message does not repeat it.
+    """
+    if text.startswith("sha256:"):
+        digest = text.lower()
+        if not _is_digest(digest):
+            raise ValueError("must have 64 hexadecimal digits after sha256:")
+        return digest
+    if not _is_token(text):
+        raise ValueError(
+            "must be a token (letters, digits and -._~+/, then perhaps =) or sha256: and its SHA-256 in hex"
+        )
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 # -- the keys ---------------------------------------------------------------------------------------------------------
 
 
@@ -105,6 +129,15 @@ def _printable(url: str) -> str:
     if not url.isprintable():
         raise ValueError("must not hold control characters")
     return url
+
+
+_is_origin: Final = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+").fullmatch
+
+
+def _origin(text: str) -> str:
+    if not _is_origin(origin := text.lower()):
+        raise ValueError("must be an origin, such as https://console.example.com")
+    return origin
 
 
 def _upper(value: object) -> object:
@@ -201,9 +234,14 @@ class HttpSection(_Section):
     host: str = _key("127.0.0.1", "The address to listen on.", min_length=1)
     port: int = _key(8001, "The port to listen on; 0 takes one that is free.", ge=0, le=65_535)
     body_bytes_max: int = _key(1_048_576, "Bytes that the body of a request may have.", ge=1024)
-    tokens: tuple[str, ...] = _later((), "Bearer tokens that are let in.")
-    tokens_file: str | None = _later(None, "A file with a token a line.")
-    insecure: bool = _key(False, "Whether to listen beyond this machine without tokens.")
+    tokens: tuple[Annotated[str, AfterValidator(token_digest)], ...] = _key(
+        (), "Bearer tokens that are let in, each as it is or as sha256: and its SHA-256 in hex; only that is kept."
+    )
+    tokens_file: str | None = _key(None, "A file with such a token a line, read again at SIGHUP.", min_length=1)
+    origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = _key(
+        (), "Origins of other sites whose pages may write, such as https://console.example.com."
+    )
+    insecure: bool = _key(False, "Whether to serve without tokens beyond this machine, and under any host name.")
 
 
 class LoggingSection(_Section):

@@ -1,12 +1,17 @@
-"""The other end of the wire: what commands ask of a server. With the standard library, in a thread."""
+"""The other end of the wire: what commands ask of a server. With the standard library, in a thread.
+
+A server that asks for a token is sent the one in the variable `AGENT_RUNTIME_TOKEN`.
+"""
 
 from __future__ import annotations
 
 import http.client
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
@@ -27,9 +32,12 @@ from agent_runtime import (
 from agent_runtime.client import SessionsClient
 from agent_runtime.records import Durability, Order
 
-__all__ = ["connect"]
+__all__ = ["authorization", "connect"]
 
 T = TypeVar("T")
+_VARIABLE: Final = "AGENT_RUNTIME_TOKEN"
+"""Where commands find the token for a server. Not a key of the configuration, which is the server's."""
+
 _TIMEOUT_S: Final = 60.0
 _PAGE_ITEMS: Final = 1000
 
@@ -53,12 +61,24 @@ class _Problem(msgspec.Struct, frozen=True):
     detail: str
 
 
+def authorization() -> dict[str, str]:
+    """The header that says who asks; none where no token is set.
+
+    Raises:
+        InvalidInput: the variable holds what can't be sent.
+    """
+    token = os.environ.get(_VARIABLE, "")
+    if not (token.isascii() and token.isprintable()):
+        raise InvalidInput(_VARIABLE, "holds no token: it is one line of ASCII characters")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
 @asynccontextmanager
 async def connect(url: str) -> AsyncIterator[SessionsClient]:
     """The sessions of the server at a URL, which may have a path that the server is mounted at.
 
     Raises:
-        InvalidInput: it is not the URL of a server.
+        InvalidInput: it is not the URL of a server, or `AGENT_RUNTIME_TOKEN` is no token.
     """
     parts = urlsplit(url)
     try:
@@ -84,6 +104,7 @@ class _Wire:
         self._connection = connection
         self._root = root
         self._shown = shown
+        self._headers = authorization()
 
     async def ask(self, method: str, path: str, kind: type[T], **query: object) -> T:
         """Make a request; its answer as `kind`."""
@@ -99,11 +120,12 @@ class _Wire:
             raise StorageUnavailable(f"{self._shown} answers {status}, and not as a server of agent-runtime") from None
         if problem.type.endswith(":session-not-found"):
             raise SessionNotFound(unquote(path.split("/")[3]))
-        raise AgentRuntimeError(f"{self._shown} answers {status}: {problem.detail}")
+        way_out = f"; set {_VARIABLE}" if status == HTTPStatus.UNAUTHORIZED else ""
+        raise AgentRuntimeError(f"{self._shown} answers {status}: {problem.detail}{way_out}")
 
     def _exchange(self, method: str, target: str) -> tuple[int, bytes]:
         try:
-            self._connection.request(method, target)
+            self._connection.request(method, target, headers=self._headers)
             answer = self._connection.getresponse()
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:

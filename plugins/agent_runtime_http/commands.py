@@ -1,7 +1,8 @@
-"""The command `serve`."""
+"""The commands `serve` and `token`."""
 
 from __future__ import annotations
 
+import secrets
 from importlib.util import find_spec
 from typing import Annotated, Literal, TypeAlias
 
@@ -13,8 +14,9 @@ from agent_runtime.cli.exits import LEFT, Failure
 from agent_runtime.cli.logs import configure_logging
 from agent_runtime.cli.options import ConfigFile, StorageUrl
 from agent_runtime.cli.running import with_place
+from agent_runtime.config import token_digest
 
-__all__ = ["serve"]
+__all__ = ["serve", "token"]
 
 Loop: TypeAlias = Literal["asyncio", "trio"]
 
@@ -50,3 +52,14 @@ def serve(
         raise Failure(str(error), code=LEFT) from error
     except AgentRuntimeError as error:
         raise with_place(error, settings) from error
+
+
+def token() -> None:
+    """Make a bearer token: the token itself, then its hash on a line of its own.
+
+    The token is for who asks the server, in AGENT_RUNTIME_TOKEN or the header Authorization. The hash is for the
+    server, in http.tokens or a line of http.tokens_file. Nothing is kept of either.
+    """
+    made = secrets.token_urlsafe(32)
+    typer.echo(made)
+    typer.echo(token_digest(made))

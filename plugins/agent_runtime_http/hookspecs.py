@@ -45,5 +45,6 @@ class HttpHookSpecs:
         """Who makes this request: a principal, of any kind; None if this plugin can't tell, and the next one is asked.
 
         Raises `Unauthenticated` or `Forbidden` to refuse. If any plugin implements this hook, a request that none of
-        them knows is refused; health checks are never asked. The principal is `scope["agent_runtime.principal"]`.
+        them knows is refused; health checks are never asked, nor is who has a token of the configuration. The principal
+        is `scope["agent_runtime.principal"]`.
         """

@@ -84,12 +84,14 @@ REFUSALS: Final = {
         Kind(400, "malformed", "The request can't be read"),
         Kind(401, "unauthenticated", "Nobody knows who asks"),
         Kind(403, "forbidden", "Not allowed"),
+        Kind(403, "cross-origin", "A page of another site sent the request"),
         Kind(404, "not-found", "There is nothing here"),
         Kind(404, "message-not-found", "There is no such message"),
         Kind(404, "document-not-found", "There is no such document"),
         Kind(405, "method-not-allowed", "The method is not allowed here"),
         Kind(413, "too-large", "The body is too large"),
         Kind(415, "unsupported-media-type", "The body is of a type that is not read here"),
+        Kind(421, "misdirected", "The request is for another host"),
         Kind(422, "invalid-input", "The request holds what can't be accepted"),
     )
 }

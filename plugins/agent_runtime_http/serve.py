@@ -2,7 +2,8 @@
 
 The order is: listen, answer, open, …, stop answering, drain. So health checks are answered while the runtime recovers,
 and no way out spares the drain. SIGTERM or Ctrl-C: no more connections, streams are told to end, requests under way
-finish, then what is unstored is stored. Ctrl-C again: requests are not waited for, the drain is the same.
+finish, then what is unstored is stored. Ctrl-C again: requests are not waited for, the drain is the same. SIGHUP, where
+there is a file with tokens: it is read again.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ async def run_server(config: Config, loop: Loop, announce: Callable[[str], None]
         LeaseLost: another runtime has taken over; all that was acknowledged is stored.
         LeaseHeld, StorageError, PluginError: as `open_runtime`; nothing was served.
     """
-    listener = _listen(config)
-    url = _url(config.http.host, listener)
-    app = create_app(config, address=url)
+    app = create_app(config)
     service: Service = app.state.service
+    listener = _listen(config, asks=bool(service.tokens))
+    url = service.address = _url(config.http.host, listener)
+    service.guard.host = _only_name(config, listener, asks=bool(service.tokens))
     engine = engine_for(loop, app)
     failure: Exception | None = None
     async with anyio.create_task_group() as tasks:
@@ -82,10 +84,15 @@ async def _serve(engine: Engine, listener: socket.socket, ended: anyio.Event) ->
 async def _heed_signals(
     service: Service, engine: Engine, opening: anyio.CancelScope, *, task_status: TaskStatus[None]
 ) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if service.config.http.tokens_file is not None:
+        numbers.append(signal.SIGHUP)
+    with anyio.open_signal_receiver(*numbers) as signals:
         task_status.started()
         async for number in signals:
-            if not service.stopping.is_set():
+            if number == signal.SIGHUP:
+                service.tokens.reload()
+            elif not service.stopping.is_set():
                 service.stop()
                 engine.stop()
                 if service.runtime is None:
@@ -109,20 +116,31 @@ def _announcement(runtime: Runtime, url: str) -> list[str]:
     ]
 
 
-def _listen(config: Config) -> socket.socket:
-    """A socket that listens where the configuration says, if that is on this machine only, or explicitly allowed."""
+def _listen(config: Config, *, asks: bool) -> socket.socket:
+    """A socket that listens where the configuration says: on this machine only, unless it `asks` for tokens, or may."""
     http = config.http
     try:
         found = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = found[0]
-        if not (http.insecure or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback):
+        if not (asks or http.insecure or _is_loopback(str(address[0]))):
             problem = f"http.host: {http.host} can be reached from other machines, where all could read every session"
-            raise ConfigError([f"{problem}; set http.insecure to true if something else guards it"])
+            way_out = "set http.tokens or http.tokens_file, or http.insecure to true if something else guards it"
+            raise ConfigError([f"{problem}; {way_out}"])
         return socket.create_server((str(address[0]), http.port), family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         problem = f"can't listen on {http.host}, port {http.port}: {reason}"
         raise ConfigError([f"{problem}; choose another with --port or --host"]) from None
+
+
+def _only_name(config: Config, listener: socket.socket, *, asks: bool) -> str | None:
+    """The name under which requests must come; None: any, as they have tokens, or something else guards the server."""
+    is_open = asks or config.http.insecure or not _is_loopback(listener.getsockname()[0])
+    return None if is_open else config.http.host
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _url(host: str, listener: socket.socket) -> str:

@@ -11,6 +11,8 @@ import anyio
 from agent_runtime import Config, Runtime, RuntimeClosed, open_runtime
 
 from .extensions import Extensions
+from .guard import Guard
+from .tokens import Tokens
 
 __all__ = ["Service", "State"]
 
@@ -33,7 +35,8 @@ class NotRunning(RuntimeClosed):
 class Service:
     """Opens the runtime of an application, and knows how far it is. Used for one runtime at a time.
 
-    `stopping` is set as soon as it is known that the runtime will close: what streams should end then.
+    `address` is where others find it, for the lease. `stopping` is set as soon as it is known that the runtime will
+    close: what streams should end then.
     """
 
     def __init__(self, config: Config, *, plugins: Iterable[object], address: str | None) -> None:
@@ -42,9 +45,11 @@ class Service:
         self.state: State = "closed"
         self.runtime: Runtime | None = None
         self.extensions = Extensions()
+        self.tokens: Final = Tokens(config.http)
+        self.guard: Final = Guard(config.http.origins)
         self.stopping = anyio.Event()
+        self.address = address
         self._plugins = tuple(plugins)
-        self._address = address
 
     def running(self) -> Runtime:
         """The runtime.
@@ -70,7 +75,7 @@ class Service:
         self.state = "opening"
         self.stopping = anyio.Event()
         try:
-            async with open_runtime(self.config, plugins=self._plugins, address=self._address) as runtime:
+            async with open_runtime(self.config, plugins=self._plugins, address=self.address) as runtime:
                 self.extensions = Extensions(runtime)
                 self.runtime = runtime
                 self.state = "running"

@@ -1,8 +1,9 @@
 """The outermost layer of the application: nothing comes in or goes out but through here.
 
-In order, for each request: the path as it was sent is looked at, before anyone acts on the decoded one; then come the
-plugins' middleware and authentication; then the short way to the hot paths of a session, else Starlette's router.
-Whatever is raised on the way is answered with a problem document, here and nowhere else.
+In order, for each request: the path as it was sent is looked at, before anyone acts on the decoded one, and whether it
+may come from a page; then come the plugins' middleware; then tokens, and whoever else knows who asks; then the short
+way to the hot paths of a session, else Starlette's router. Whatever is raised on the way is answered with a problem
+document, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from urllib.parse import unquote_to_bytes
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import Disconnected
-from .extensions import Extensions
+from .extensions import PRINCIPAL, Extensions
 from .problems import Fault, Refusal, answer_to, invalid
 from .resources import Resource
 from .service import Service
+from .tokens import refusal
 
 __all__ = ["Surface"]
 
 _STARTED: Final = "agent_runtime.started"
-_HEALTH: Final = frozenset({"/health", "/livez", "/readyz"})
+_PUBLIC: Final = frozenset({"/health", "/livez", "/readyz"})
+"""What is answered to anybody: it tells nothing of any session, nor of the place where they are stored."""
+
 _is_encoded: Final = re.compile(rb"(?:[^%]|%[0-9A-Fa-f]{2})*").fullmatch
 
 
@@ -46,6 +50,8 @@ class Surface:
             raw_path = scope.get("raw_path")
             if raw_path is not None and b"%" in raw_path:
                 _check_encoding(raw_path)
+            if _path(scope) not in _PUBLIC:
+                self._service.guard.check(scope)
             await self._stack(scope, receive, send)
         except Disconnected:
             return
@@ -56,7 +62,8 @@ class Surface:
 
     def _adopt(self, extensions: Extensions) -> None:
         """Put the plugins of the runtime that was opened around the rest."""
-        stack: ASGIApp = self._authenticate if extensions.authenticates else self._route
+        asks = extensions.authenticates or bool(self._service.tokens)
+        stack: ASGIApp = self._authenticate if asks else self._route
         if extensions.middleware:
             for middleware in reversed(extensions.middleware):
                 stack = middleware(stack)
@@ -65,9 +72,19 @@ class Surface:
         self._stack = stack
 
     async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _path(scope) not in _HEALTH:
-            self._extensions.authenticate(scope)
+        if _path(scope) not in _PUBLIC:
+            self._admit(scope)
         await self._route(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        """Let in who has a token, or whom a plugin knows."""
+        principal = self._service.tokens.admit(scope)
+        if principal is not None:
+            scope[PRINCIPAL] = principal
+        elif self._service.extensions.authenticates:
+            self._service.extensions.authenticate(scope)
+        elif self._service.tokens:
+            raise refusal(scope)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         match _path(scope).split("/"):
@@ -80,10 +97,10 @@ class Surface:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The lifespan, and the WebSockets of plugins."""
-        extensions = self._service.extensions
-        if scope["type"] == "websocket" and extensions.authenticates:
+        if scope["type"] == "websocket":
             try:
-                extensions.authenticate(scope)
+                self._service.guard.check(scope)
+                self._admit(scope)
             except Refusal:
                 await send({"type": "websocket.close", "code": 1008})
                 return

@@ -191,9 +191,13 @@ class _Strike:
 
 
 def _environment(options: Options, plan: Plan) -> dict[str, str]:
-    """The environment of a server: ours, and the plan's settings, but for those that somebody chose."""
+    """The environment of a server: ours, and the plan's settings, but for those that somebody chose.
+
+    It asks for no token: it serves this machine only, on a port that nobody knows, what nobody needs.
+    """
     settings = {**plan.settings, "journal.directory": options.log.parent / "journal"}
     values = {key: value for key, value in settings.items() if options.config.origin(key) == "default"}
     values |= {"write_behind.durability": options.durability, "logging.level": "INFO", "logging.format": "text"}
+    values |= {"http.tokens": "[]", "http.tokens_file": "null"}
     variables = {f"AGENT_RUNTIME__{key.replace('.', '__').upper()}": str(value) for key, value in values.items()}
     return {**os.environ, **variables, "PYTHONUNBUFFERED": "1"}

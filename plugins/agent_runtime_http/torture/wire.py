@@ -12,6 +12,8 @@ import anyio
 import msgspec
 from anyio.abc import ByteStream
 
+from ..client import authorization
+
 __all__ = ["Reply", "Unanswered", "Wire"]
 
 _TIMEOUT_S: Final = 60.0
@@ -49,9 +51,9 @@ class Wire:
     def __init__(self, port: int) -> None:
         self._port = port
         self._stream: ByteStream | None = None
-        self._head = (
-            f" HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\ncontent-length: ".encode()
-        )
+        headers = {"host": f"127.0.0.1:{port}", **authorization(), "content-type": "application/json"}
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+        self._head = f" HTTP/1.1\r\n{''.join(lines)}content-length: ".encode()
 
     async def ask(self, method: str, target: str, body: object = None) -> Reply:
         """Make a request.
