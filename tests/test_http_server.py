@@ -360,7 +360,7 @@ def takes_over(stack: ExitStack, storage: str, journal: Path) -> bool:
 
 # --- clients that behave badly ----------------------------------------------------------------------------------------
 
-HEAD = b"POST /v1/sessions/s1/messages HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+HEAD = b"POST /v1/sessions/s1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 HALVES = [
     b"",  # says nothing
     b"POST /v1/sess",
@@ -431,7 +431,7 @@ def test_a_slow_sender_is_waited_for_and_a_slow_reader_keeps_nobody(
             httpx.post(f"{server.url}/v1/sessions/s1/messages", json=MESSAGE | {"content": text}).raise_for_status()
         with socket.create_connection(("127.0.0.1", server.port)) as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            reader.sendall(b"GET /v1/sessions/s1/history HTTP/1.1\r\nhost: x\r\n\r\n")
+            reader.sendall(b"GET /v1/sessions/s1/history HTTP/1.1\r\nhost: localhost\r\n\r\n")
             body = json.dumps(MESSAGE).encode()
             with socket.create_connection(("127.0.0.1", server.port)) as sender:
                 sender.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body))
@@ -457,7 +457,7 @@ def test_bad_requests_over_the_wire(storage: str, loop: str) -> None:
         return int(head.split()[1]), json.loads(body) if b"problem+json" in head else body
 
     def get(target: bytes) -> bytes:
-        return b"GET %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % target
+        return b"GET %b HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n" % target
 
     with serving(
         "--storage", storage, "--loop", loop, environ={"AGENT_RUNTIME__HTTP__BODY_BYTES_MAX": "2048"}
