@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Final
 
-from agent_runtime.status import Status
+import anyio
+
+from agent_runtime.status import JournalStatus, Status
 
 from .answers import Answer, json_answer
 from .operations import Gives, Operations, operation
 from .resources import Call
-from .shapes import Flushed, Health, Live, Readiness
+from .service import Service
+from .shapes import Check, Flushed, Health, Live, Readiness
 
 __all__ = ["OPERATIONS"]
 
@@ -29,16 +34,67 @@ async def get_liveness(_call: Call) -> Answer:
 
 @operation(Gives(200, Readiness), Gives(503, Readiness))
 async def get_readiness(call: Call) -> Answer:
-    """Whether requests will be served: 200, or 503 with the check that says why not."""
-    service = call.service
-    state = "closed" if service.runtime is None else service.runtime.status().state
-    checks = {
-        "runtime": service.state,
-        "storage": {"running": "ok", "degraded": "failing"}.get(state, "unknown"),
-        "lease": {"fenced": "lost", "closed": "none"}.get(state, "held"),
-    }
-    is_ready = service.state == "running" and state == "running"
-    return json_answer({"status": "ready" if is_ready else "not ready", "checks": checks}, 200 if is_ready else 503)
+    """Whether requests will be served: 200, or 503 if a check fails; with all the checks."""
+    checks = [*_checks(call.service)]
+    if any(check.status == "fail" for check in checks):
+        return json_answer(Readiness(status="not ready", checks=checks), 503)
+    return json_answer(Readiness(status="ready", checks=checks))
+
+
+_DOING: Final = {
+    "closed": "it is not open",
+    "opening": "it is being opened, and what a crash may have left is recovered",
+    "running": "requests are served",
+    "stopping": "it is being stopped, and stores what is not stored yet",
+}
+
+
+def _checks(service: Service) -> Iterator[Check]:
+    """What the runtime does, and once it is open the rest."""
+    doing = _DOING[service.state]
+    yield Check(
+        name="runtime", status="ok" if service.state == "running" else "fail", detail=doing, since=service.since
+    )
+    if service.runtime is not None:
+        status = service.runtime.status()
+        yield _storage(status)
+        yield _lease(status)
+        yield _quarantine(status)
+        if status.journal is not None:
+            yield _journal(status.journal)
+
+
+def _storage(status: Status) -> Check:
+    since_s = status.flush.failing_since_s
+    if since_s is not None:
+        since = datetime.now(UTC) - timedelta(seconds=anyio.current_time() - since_s)
+        detail = f"batches fail, {status.pending.changes} change(s) wait to be stored"
+        return Check(name="storage", status="fail", detail=detail, since=since)
+    if status.lease.unreachable:
+        return Check(name="storage", status="fail", detail="the database does not answer")
+    return Check(name="storage", status="ok", detail="batches are stored")
+
+
+def _lease(status: Status) -> Check:
+    if status.state == "fenced":
+        return Check(name="lease", status="fail", detail="it is lost: another runtime has taken over")
+    return Check(name="lease", status="ok", detail="it is held")
+
+
+def _quarantine(status: Status) -> Check:
+    held = status.quarantine
+    if not held.sessions:
+        return Check(name="quarantine", status="ok", detail="no session is held")
+    detail = f"{held.sessions} session(s) are held by {held.changes} change(s): see agent-runtime quarantine list"
+    return Check(name="quarantine", status="warn", detail=detail)
+
+
+def _journal(journal: JournalStatus) -> Check:
+    # Not a failure: reads go on, and that there is room again is seen by the first write that is let through.
+    if journal.full:
+        detail = "the disk is low: writes are refused until there is room, reads go on"
+        return Check(name="journal", status="warn", detail=detail)
+    return Check(name="journal", status="ok", detail="writes are taken")
 
 
 @operation(Gives(200, Status))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import Final, Literal, TypeAlias
 
 import anyio
@@ -35,14 +36,15 @@ class NotRunning(RuntimeClosed):
 class Service:
     """Opens the runtime of an application, and knows how far it is. Used for one runtime at a time.
 
-    `address` is where others find it, for the lease. `stopping` is set as soon as it is known that the runtime will
-    close: what streams should end then.
+    `state` is what it does, and it does so `since`. `address` is where others find it, for the lease. `stopping` is set
+    as soon as it is known that the runtime will close: what streams should end then.
     """
 
     def __init__(self, config: Config, *, plugins: Iterable[object], address: str | None) -> None:
         self.config: Final = config
         self.body_bytes_max: Final = config.http.body_bytes_max
         self.state: State = "closed"
+        self.since = datetime.now(UTC)
         self.runtime: Runtime | None = None
         self.extensions = Extensions()
         self.tokens: Final = Tokens(config.http)
@@ -65,20 +67,20 @@ class Service:
         """The runtime will close soon: requests are still served, streams should end, and readiness says so."""
         self.stopping.set()
         if self.state == "running":
-            self.state = "stopping"
+            self._enter("stopping")
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Runtime]:
         """Open the runtime; at the end drain it. Raises what `agent_runtime.open_runtime` raises."""
         if self.state != "closed":
             raise RuntimeError("this application is open already: its lifespan was entered twice")
-        self.state = "opening"
+        self._enter("opening")
         self.stopping = anyio.Event()
         try:
             async with open_runtime(self.config, plugins=self._plugins, address=self.address) as runtime:
                 self.extensions = Extensions(runtime)
                 self.runtime = runtime
-                self.state = "running"
+                self._enter("running")
                 try:
                     yield runtime
                 finally:
@@ -86,4 +88,8 @@ class Service:
                     self.runtime = None
         finally:
             self.extensions = Extensions()
-            self.state = "closed"
+            self._enter("closed")
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self.since = datetime.now(UTC)

@@ -24,6 +24,7 @@ __all__ = [
     "ContextPatch",
     "ContextWithHistory",
     "DocumentPage",
+    "Check",
     "DocumentRecord",
     "Flushed",
     "Health",
@@ -235,11 +236,20 @@ class Live(msgspec.Struct, kw_only=True):
     status: Literal["ok"] = "ok"
 
 
+class Check(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One thing that was looked at. `fail` makes the service not ready, `warn` wants somebody to look; `since` when."""
+
+    name: Literal["runtime", "storage", "lease", "quarantine", "journal"]
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    since: datetime | None = None
+
+
 class Readiness(msgspec.Struct, kw_only=True):
-    """Whether requests are served, and each check by name."""
+    """Whether requests are served, and each check."""
 
     status: Literal["ready", "not ready"]
-    checks: dict[str, Any]
+    checks: list[Check]
 
 
 class Flushed(msgspec.Struct, kw_only=True):
