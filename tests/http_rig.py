@@ -20,7 +20,9 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message
 
 from agent_runtime import Config, Runtime
+from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_http import create_app, lifespan
+from agent_runtime_memory import MemoryDatabase
 
 JSON = {"content-type": "application/json"}
 SAMPLE = Path(__file__).parent / "data" / "airline-sample.jsonl.gz"
@@ -146,6 +148,24 @@ def runtime_of(app: App) -> Runtime:
     assert isinstance(app.app, Starlette)
     runtime: Runtime = app.app.state.service.running()
     return runtime
+
+
+def checks(ready: Reply) -> dict[str, str]:
+    """The status of each check of `/readyz`."""
+    return {check["name"]: check["status"] for check in ready.json["checks"]}
+
+
+class Outage:
+    """A database that does what a test wants."""
+
+    def __init__(self) -> None:
+        self.faults = Faults()
+        self._database = MemoryDatabase()
+
+    def opened(self, **sections: dict[str, Any]) -> Any:
+        defaults = {"interval_s": 1000.0, "drain_timeout_s": 0.01, "durability_timeout_s": 0.01}
+        sections["write_behind"] = defaults | sections.get("write_behind", {})
+        return opened("faulty:memory:", plugins=[faulty_plugin(self._database.open, self.faults)], **sections)
 
 
 def conversations() -> list[dict[str, Any]]:

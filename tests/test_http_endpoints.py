@@ -28,12 +28,7 @@ async def test_health() -> None:
         assert health.status == 200
         assert health.json == {"status": "ok", "service": "agent-runtime", "version": "0.1.0"}
         assert (await app("GET", "/livez")).json == {"status": "ok"}
-        ready = await app("GET", "/readyz")
-        assert ready.status == 200
-        assert ready.json == {
-            "status": "ready",
-            "checks": {"runtime": "running", "storage": "ok", "lease": "held"},
-        }
+        assert (await app("GET", "/readyz")).json["status"] == "ready"
 
 
 async def test_a_session_is_created_shown_patched_and_deleted() -> None:

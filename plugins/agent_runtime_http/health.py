@@ -1,4 +1,7 @@
-"""How the service is: health checks, which work at any time and ask no database, status, and flush."""
+"""How the service is: health checks, which work at any time and ask no database, status, and flush.
+
+Health checks are answered to anybody: they tell what is wrong, but not with which session, nor where anything is.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,10 @@ async def get_readiness(call: Call) -> Answer:
 
 
 _DOING: Final = {
-    "closed": "it is not open",
-    "opening": "it is being opened, and what a crash may have left is recovered",
-    "running": "requests are served",
-    "stopping": "it is being stopped, and stores what is not stored yet",
+    "closed": "closed",
+    "opening": "opening, and recovering what a crash may have left",
+    "running": "running",
+    "stopping": "stopping, and storing what is not stored yet",
 }
 
 

@@ -21,10 +21,10 @@ from agent_runtime.validation import ID_CHARS_MAX, TOKEN_COUNT_MAX
 __all__ = [
     "AgentHandOver",
     "ChatMessage",
+    "Check",
     "ContextPatch",
     "ContextWithHistory",
     "DocumentPage",
-    "Check",
     "DocumentRecord",
     "Flushed",
     "Health",
