@@ -7,7 +7,7 @@ objects that `json` would give: what went in comes out, key order and number for
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -24,6 +24,7 @@ __all__ = [
     "Page",
     "Role",
     "Session",
+    "Time",
     "Watermarks",
 ]
 
@@ -33,6 +34,8 @@ Order: TypeAlias = Literal["asc", "desc"]
 Durability: TypeAlias = Literal["buffered", "journaled", "synced", "stored"]
 DEFAULT_AGENT: Final = "orchestrator"
 """Who holds a session at first, unless told otherwise."""
+Time: TypeAlias = Annotated[datetime, msgspec.Meta(tz=True)]
+"""A time with a time zone, which is UTC in what the runtime gives."""
 Item = TypeVar("Item")
 
 
@@ -48,8 +51,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     title: str | None
     description: str | None
     metadata: dict[str, Any]
-    created_at: datetime
-    last_activity: datetime
+    created_at: Time
+    last_activity: Time
     message_count: int
     incarnation: str
 
@@ -70,7 +73,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     token_count: int | None = None
     metadata: dict[str, Any] | None = None
     extra: dict[str, Any] | None = None
-    created_at: datetime
+    created_at: Time
 
     def to_chat(self) -> dict[str, Any]:
         """The message in chat format: role, content, and what is set of name, tool_calls, tool_call_id and `extra`."""
@@ -98,7 +101,7 @@ class NewMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metadata: dict[str, Any] | None = None
     extra: dict[str, Any] | None = None
     id: str | None = None
-    created_at: datetime | None = None
+    created_at: Time | None = None
 
 
 class AgentContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,10 +110,10 @@ class AgentContext(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str
     current_agent: str
     switch_count: int
-    last_switch_at: datetime | None
+    last_switch_at: Time | None
     metadata: dict[str, Any]
-    created_at: datetime
-    updated_at: datetime
+    created_at: Time
+    updated_at: Time
 
 
 class AgentSwitch(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +122,7 @@ class AgentSwitch(msgspec.Struct, frozen=True, kw_only=True):
     from_agent: str
     to_agent: str
     reason: str | None
-    switched_at: datetime
+    switched_at: Time
     metadata: dict[str, Any] | None = None
 
 
@@ -130,7 +133,7 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     value: Any
     media_type: str | None
-    updated_at: datetime
+    updated_at: Time
 
 
 class Page(msgspec.Struct, Generic[Item], frozen=True):

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Scope
 from agent_runtime import Config, load_config
 
 from . import agents, documents, health, messages, sessions
+from .documentation import documented
 from .operations import Operations
 from .problems import answer_to
 from .resources import Resource
@@ -26,13 +27,15 @@ from .surface import Surface
 
 __all__ = ["OPERATIONS", "create_app", "lifespan", "stopping"]
 
-OPERATIONS: Final[Operations] = {
-    **messages.OPERATIONS,
-    **sessions.OPERATIONS,
-    **agents.OPERATIONS,
-    **documents.OPERATIONS,
-    **health.OPERATIONS,
-}
+OPERATIONS: Final[Operations] = documented(
+    {
+        **messages.OPERATIONS,
+        **sessions.OPERATIONS,
+        **agents.OPERATIONS,
+        **documents.OPERATIONS,
+        **health.OPERATIONS,
+    }
+)
 _BELOW_SESSION: Final = "/v1/sessions/{session_id}/"
 
 
@@ -52,7 +55,7 @@ class _Application(Starlette):
     async def _opened(self) -> AsyncIterator[None]:
         routes = [*self.routes]
         async with self._service.open():
-            self.routes.extend(self._service.extensions.routes)
+            self.routes.extend(route for _, route in self._service.extensions.routes)
             try:
                 yield
             finally:
@@ -65,7 +68,8 @@ class _Application(Starlette):
             if path.startswith(_BELOW_SESSION)
         }
         stack: ASGIApp = ExceptionMiddleware(self.router, handlers={HTTPException: _refused})
-        stack = Surface(stack, self._service, hot)
+        public = [path for path, methods in OPERATIONS.items() if all(each.public for each in methods.values())]
+        stack = Surface(stack, self._service, hot, public)
         for added, args, kwargs in reversed(self.user_middleware):
             stack = added(stack, *args, **kwargs)
         return stack

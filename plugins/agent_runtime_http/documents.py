@@ -27,7 +27,7 @@ def _record(document: Document) -> DocumentRecord:
     return DocumentRecord(document.collection, document.key, document.media_type, document.updated_at)
 
 
-@operation(Gives(200, object, media_types=_ANY), refuses=["document-not-found"])
+@operation(Gives(200, Any, media_types=_ANY), refuses=["document-not-found"])
 async def get_document(call: Call) -> Answer:
     """Get the value of a document: JSON, or bytes under the media type they came with."""
     session = await call.session()
@@ -44,7 +44,7 @@ async def get_document(call: Call) -> Answer:
 
 @operation(
     Gives(200, DocumentRecord),
-    takes=Takes(object, example={"state": "approved"}, media_types=_ANY),
+    takes=Takes(Any, example={"state": "approved"}, media_types=_ANY),
     durability=DURABILITY,
 )
 async def put_document(call: Call) -> Answer:

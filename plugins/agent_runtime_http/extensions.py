@@ -28,13 +28,15 @@ class Extensions:
     """
 
     def __init__(self, runtime: Runtime | None = None) -> None:
-        self.routes: Sequence[BaseRoute] = ()
+        self.routes: Sequence[tuple[str, BaseRoute]] = ()
         self.middleware: Sequence[Middleware] = ()
+        self.document: tuple[str, bytes] | None = None
+        """The OpenAPI document with these routes, once it was asked for, and where the application was mounted then."""
         self._authenticators: Sequence[HookCall] = ()
         if runtime is not None:
             plugins = runtime.plugins
             self.routes = _gathered(plugins, ROUTES, lambda item: isinstance(item, BaseRoute), runtime=runtime)
-            self.middleware = _gathered(plugins, MIDDLEWARE, callable)
+            self.middleware = [each for _, each in _gathered(plugins, MIDDLEWARE, callable)]
             self._authenticators = plugins.calls(AUTHENTICATE)
 
     @property
@@ -62,10 +64,13 @@ class Extensions:
         raise Unauthenticated
 
 
-def _gathered(plugins: PluginManager, hook: str, fits: Callable[[object], bool], **arguments: object) -> list[Any]:
-    gathered: list[Any] = []
+def _gathered(
+    plugins: PluginManager, hook: str, fits: Callable[[object], bool], **arguments: object
+) -> list[tuple[str, Any]]:
+    """What plugins bring, each with the name of its plugin."""
+    gathered: list[tuple[str, Any]] = []
     for plugin, items in plugins.results(hook, **arguments):
         if not isinstance(items, Sequence) or not all(map(fits, items)):
             raise PluginError(plugin, hook, "returned something else than a sequence of what it should bring")
-        gathered += items
+        gathered += [(plugin, item) for item in items]
     return gathered

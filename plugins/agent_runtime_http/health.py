@@ -23,19 +23,19 @@ from .shapes import Check, Flushed, Health, Live, Readiness
 __all__ = ["OPERATIONS"]
 
 
-@operation(Gives(200, Health))
+@operation(Gives(200, Health), public=True)
 async def get_health(_call: Call) -> Answer:
     """Whether the process answers, and its version; 200 whatever the runtime does."""
     return json_answer(Health(version=version("agent-runtime")))
 
 
-@operation(Gives(200, Live))
+@operation(Gives(200, Live), public=True)
 async def get_liveness(_call: Call) -> Answer:
     """Whether the process answers."""
     return json_answer(Live())
 
 
-@operation(Gives(200, Readiness), Gives(503, Readiness))
+@operation(Gives(200, Readiness), Gives(503, Readiness), public=True)
 async def get_readiness(call: Call) -> Answer:
     """Whether requests will be served: 200, or 503 if a check fails; with all the checks."""
     checks = [*_checks(call.service)]

@@ -13,13 +13,13 @@ from starlette.types import Scope
 
 from .problems import Fault, Refusal, invalid
 
-__all__ = ["HEADER", "KEYED", "read_key"]
+__all__ = ["CHARS_MAX", "HEADER", "KEYED", "read_key"]
 
 HEADER: Final = "Idempotency-Key"
 KEYED: Final = frozenset({"POST", "PATCH"})
 """The methods of a write that take it. To do `PUT` or `DELETE` twice is to do it once."""
 
-_CHARS_MAX: Final = 255
+CHARS_MAX: Final = 255
 _quoted: Final = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)" *(?:;[ -~]*)?').fullmatch
 _bare: Final = re.compile(rb"[!#-+\--:<-\[\]-~]*").fullmatch
 _escaped: Final = re.compile(r"\\(.)")
@@ -46,8 +46,8 @@ def read_key(scope: Scope) -> str | None:
         key = given.decode("ascii")
     else:
         raise _malformed('must be text in double quotes, of printable ASCII characters, with \\ before each " and \\')
-    if not 1 <= len(key) <= _CHARS_MAX:
-        raise invalid([Fault(HEADER, f"must have 1 to {_CHARS_MAX} characters")])
+    if not 1 <= len(key) <= CHARS_MAX:
+        raise invalid([Fault(HEADER, f"must have 1 to {CHARS_MAX} characters")])
     return key
 
 

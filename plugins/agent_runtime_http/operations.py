@@ -38,9 +38,10 @@ class Takes:
     """
 
     def __init__(
-        self, shape: type, *, example: Any, media_types: Collection[str] = JSON, may_be_empty: bool = False
+        self, shape: Any, *, example: Any, media_types: Collection[str] = JSON, may_be_empty: bool = False
     ) -> None:
-        fields = msgspec.structs.fields(shape) if issubclass(shape, msgspec.Struct) else ()
+        is_struct = isinstance(shape, type) and issubclass(shape, msgspec.Struct)
+        fields = msgspec.structs.fields(shape) if is_struct else ()
         self.shape: Final = shape
         self.example: Final = example
         self.media_types: Final = media_types
@@ -49,7 +50,7 @@ class Takes:
         self.required: Final = tuple(field.encode_name for field in fields if field.required)
 
 
-NOTHING: Final = Takes(type(None), example=None, media_types=())
+NOTHING: Final = Takes(None, example=None, media_types=())
 """No body: what is sent is not looked at."""
 
 
@@ -63,12 +64,16 @@ class Gives(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What one method of a path does. `refuses` has the types of problems (their slugs) that are its own."""
+    """What one method of a path does. `refuses` has the types of problems (their slugs) that are its own. `public` says
+    that it is answered to anybody, and whatever the runtime does: it tells nothing of any session, nor of the place where
+    they are stored.
+    """
 
     handler: Handler
     gives: tuple[Gives, ...]
     takes: Takes
     refuses: tuple[str, ...]
+    public: bool
     parameters: Parameters
 
 
@@ -77,10 +82,14 @@ Operations: TypeAlias = Mapping[str, Mapping[str, Operation]]
 
 
 def operation(
-    *gives: Gives, takes: Takes = NOTHING, refuses: Collection[str] = (), **parameters: Parameter
+    *gives: Gives,
+    takes: Takes = NOTHING,
+    refuses: Collection[str] = (),
+    public: bool = False,
+    **parameters: Parameter,
 ) -> Callable[[Handler], Operation]:
     """Mark a handler as an operation that gives these answers, and takes this body and these query parameters."""
-    return lambda handler: Operation(handler, gives, takes, tuple(refuses), parameters)
+    return lambda handler: Operation(handler, gives, takes, tuple(refuses), public, parameters)
 
 
 def takes_key(method: str, operation: Operation) -> bool:

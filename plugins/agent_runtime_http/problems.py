@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.exceptions import HTTPException
 
 from agent_runtime import (
@@ -40,19 +41,24 @@ from .answers import Answer, Headers
 
 __all__ = [
     "FAILURES",
+    "KINDS",
+    "PROBLEM",
     "REFUSALS",
     "Fault",
     "Forbidden",
     "Kind",
+    "Problem",
     "Refusal",
     "Unauthenticated",
     "answer_to",
     "invalid",
     "pointer_to",
+    "urn",
 ]
 
 logger: Final = logging.getLogger("agent_runtime.http")
 
+PROBLEM: Final = "application/problem+json"
 _TYPE: Final = "urn:agent-runtime:problem:"
 _POINTER_CHARS_MAX: Final = 1000
 _FAULTS_MAX: Final = 20
@@ -76,6 +82,24 @@ class Fault(msgspec.Struct, frozen=True):
 
     pointer: str
     detail: str
+
+
+class Problem(msgspec.Struct, kw_only=True):
+    """What was refused, or failed (RFC 9457). `errors` says where; `applied` that the change stands all the same, and
+    must not be sent again: then `outcome` is what the answer would have been, `wanted` and `reached` are levels.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[Fault] | UnsetType = UNSET
+    applied: bool | UnsetType = UNSET
+    outcome: Any = UNSET
+    sequence: int | UnsetType = UNSET
+    sequences: list[int] | UnsetType = UNSET
+    wanted: str | UnsetType = UNSET
+    reached: str | UnsetType = UNSET
 
 
 REFUSALS: Final = {
@@ -118,6 +142,13 @@ FAILURES: Final[Mapping[type[Exception], Kind]] = {
 """What the runtime raises."""
 
 _UNEXPECTED: Final = Kind(500, "internal-error", "The server failed")
+KINDS: Final[Mapping[str, Kind]] = {kind.slug: kind for kind in (*REFUSALS.values(), *FAILURES.values(), _UNEXPECTED)}
+"""Every type of problem, by slug."""
+
+
+def urn(slug: str) -> str:
+    """The type of a problem, whole."""
+    return _TYPE + slug
 
 
 class Refusal(Exception):
@@ -179,8 +210,8 @@ def answer_to(error: Exception, *, path: Collection[str] = (), query: Collection
 
 
 def _document(kind: Kind, detail: str, members: Mapping[str, Any] = {}, headers: Headers = ()) -> Answer:
-    body = {"type": _TYPE + kind.slug, "title": kind.title, "status": kind.status, "detail": _clean(detail), **members}
-    return Answer(msgspec.json.encode(body), kind.status, b"application/problem+json", headers)
+    body = {"type": urn(kind.slug), "title": kind.title, "status": kind.status, "detail": _clean(detail), **members}
+    return Answer(msgspec.json.encode(body), kind.status, PROBLEM.encode(), headers)
 
 
 def _http_kind(status: int) -> Kind:

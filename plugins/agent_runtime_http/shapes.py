@@ -6,7 +6,6 @@ are what the OpenAPI document has as schemas, so limits stand here in the words 
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -14,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from agent_runtime import AgentContext, Document, Message, Session, Watermarks
 from agent_runtime.plans import TITLE_CHARS_MAX
-from agent_runtime.records import DEFAULT_AGENT, Role
+from agent_runtime.records import DEFAULT_AGENT, Role, Time
 from agent_runtime.session import DESCRIPTION_CHARS_MAX, REASON_CHARS_MAX
 from agent_runtime.validation import ID_CHARS_MAX, TOKEN_COUNT_MAX
 
@@ -58,7 +57,6 @@ Title: TypeAlias = Annotated[str, Meta(max_length=TITLE_CHARS_MAX)]
 Description: TypeAlias = Annotated[str, Meta(max_length=DESCRIPTION_CHARS_MAX)]
 Reason: TypeAlias = Annotated[str, Meta(max_length=REASON_CHARS_MAX)]
 Object: TypeAlias = dict[str, Any]
-Time: TypeAlias = Annotated[datetime, Meta(tz=True)]
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------

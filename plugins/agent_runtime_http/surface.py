@@ -9,7 +9,7 @@ document, here and nowhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
@@ -25,19 +25,19 @@ from .tokens import refusal
 __all__ = ["Surface"]
 
 _STARTED: Final = "agent_runtime.started"
-_PUBLIC: Final = frozenset({"/health", "/livez", "/readyz"})
-"""What is answered to anybody: it tells nothing of any session, nor of the place where they are stored."""
-
 _is_encoded: Final = re.compile(rb"(?:[^%]|%[0-9A-Fa-f]{2})*").fullmatch
 
 
 class Surface:
-    """Middleware of the Starlette application. `hot` are the resources below `/v1/sessions/{session_id}/`, by name."""
+    """Middleware of the Starlette application. `hot` are the resources below `/v1/sessions/{session_id}/`, by name;
+    `public` are the paths that are answered to anybody.
+    """
 
-    def __init__(self, app: ASGIApp, service: Service, hot: Mapping[str, Resource]) -> None:
+    def __init__(self, app: ASGIApp, service: Service, hot: Mapping[str, Resource], public: Collection[str]) -> None:
         self._app = _marking(app)
         self._service = service
         self._hot = hot
+        self._public = frozenset(public)
         self._adopt(service.extensions)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +50,7 @@ class Surface:
             raw_path = scope.get("raw_path")
             if raw_path is not None and b"%" in raw_path:
                 _check_encoding(raw_path)
-            if _path(scope) not in _PUBLIC:
+            if _path(scope) not in self._public:
                 self._service.guard.check(scope)
             await self._stack(scope, receive, send)
         except Disconnected:
@@ -72,7 +72,7 @@ class Surface:
         self._stack = stack
 
     async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _path(scope) not in _PUBLIC:
+        if _path(scope) not in self._public:
             self._admit(scope)
         await self._route(scope, receive, send)
 
