@@ -17,7 +17,8 @@ from .shapes import DocumentPage, DocumentRecord
 
 __all__ = ["OPERATIONS"]
 
-_ANY: Final = ("application/json", "*/*")
+_GIVEN: Final = ("application/json", "*/*")
+_TAKEN: Final = ("application/json", "application/octet-stream")
 
 _is_media_type: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+/[!#$%&'*+.^_`|~0-9A-Za-z-]+ *(;[ -~]*)?").fullmatch
 _AS_FILE: Final = [(b"x-content-type-options", b"nosniff"), (b"content-disposition", b"attachment")]
@@ -27,7 +28,7 @@ def _record(document: Document) -> DocumentRecord:
     return DocumentRecord(document.collection, document.key, document.media_type, document.updated_at)
 
 
-@operation(Gives(200, Any, media_types=_ANY), refuses=["document-not-found"])
+@operation(Gives(200, Any, media_types=_GIVEN), refuses=["document-not-found"])
 async def get_document(call: Call) -> Answer:
     """Get the value of a document: JSON, or bytes under the media type they came with."""
     session = await call.session()
@@ -44,14 +45,15 @@ async def get_document(call: Call) -> Answer:
 
 @operation(
     Gives(200, DocumentRecord),
-    takes=Takes(Any, example={"state": "approved"}, media_types=_ANY),
+    takes=Takes(dict[str, Any], example={"state": "approved"}, media_types=_TAKEN),
     durability=DURABILITY,
 )
 async def put_document(call: Call) -> Answer:
     """Write a document, over the one that may be there.
 
-    `Content-Type: application/json` makes it JSON; any other keeps the bytes as they are, for reads under the
-    same type. The answer has what is known of the document, without its value.
+    `Content-Type: application/json` makes it JSON, an object as here or any other value; with another type, `image/png`
+    or what it may be, it is bytes, and comes back under that type. The answer has what is known of the document, without
+    its value.
     """
     body, content_type = await call.body()
     given = "" if content_type is None else content_type.decode("latin-1")

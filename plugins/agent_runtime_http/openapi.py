@@ -64,11 +64,10 @@ _HEADERS: Final[Mapping[str, dict[str, Any]]] = {
 _SCHEMAS: Final = "#/components/schemas/{name}"
 _RESPONSES: Final = "#/components/responses/{name}"
 _PARAMETERS: Final = "#/components/parameters/{name}"
-_ANY_TYPE: Final = "*/*"
 _BYTES: Final = {"schema": {"type": "string", "format": "binary"}}
 
 _ALL: Final = ("malformed", "invalid-input", "internal-error")
-_OF_RUNTIME: Final = (
+_NOT_PUBLIC: Final = (
     "unauthenticated",
     "forbidden",
     "cross-origin",
@@ -183,7 +182,7 @@ def _slugs(path: str, method: str, operation: Operation) -> list[str]:
     """The problems that an operation may have: its own, and those of all that are like it."""
     slugs = [*_ALL, *operation.refuses]
     if not operation.public:
-        slugs += _OF_RUNTIME
+        slugs += _NOT_PUBLIC
     if "{session_id}" in path:
         slugs.append("session-not-found")
     if operation.takes is not NOTHING:
@@ -204,8 +203,12 @@ def _in_path(name: str) -> dict[str, Any]:
 
 
 def _in_query(name: str, parameter: Parameter) -> dict[str, Any]:
-    schema = {"type": "integer" if parameter.kind is int else "string", **parameter.schema}
+    schema = _kind(parameter) if parameter.name is None else {"$ref": _SCHEMAS.format(name=parameter.name)}
     return {"name": name, "in": "query", "description": parameter.description, "schema": schema}
+
+
+def _kind(parameter: Parameter) -> dict[str, Any]:
+    return {"type": "integer" if parameter.kind is int else "string", **parameter.schema}
 
 
 def _header() -> dict[str, Any]:
@@ -215,8 +218,7 @@ def _header() -> dict[str, Any]:
 
 def _body(takes: Takes, shown: Shown) -> dict[str, Any]:
     shape = {"schema": shown[takes.shape], "example": takes.example}
-    content = {each: _BYTES if each == _ANY_TYPE else shape for each in sorted(takes.media_types)}
-    return {"required": not takes.may_be_empty, "content": content}
+    return {"required": not takes.may_be_empty, "content": _content(takes.media_types, shape)}
 
 
 def _answer(gives: Gives, shown: Shown) -> dict[str, Any]:
@@ -225,9 +227,13 @@ def _answer(gives: Gives, shown: Shown) -> dict[str, Any]:
     said: dict[str, Any] = {"description": HTTPStatus(gives.status).phrase + "."}
     if gives.headers:
         said["headers"] = {name: _HEADERS[name] for name in gives.headers}
-    shape = {"schema": shown[gives.shape]}
-    said["content"] = {each: _BYTES if each == _ANY_TYPE else shape for each in sorted(gives.media_types)}
+    said["content"] = _content(gives.media_types, {"schema": shown[gives.shape]})
     return said
+
+
+def _content(media_types: Iterable[str], shape: dict[str, Any]) -> dict[str, Any]:
+    """What is of this shape where it is JSON, and bytes where it is not."""
+    return {each: shape if each.endswith("json") else _BYTES for each in sorted(media_types)}
 
 
 def _refused(kinds: Sequence[Kind]) -> tuple[str, dict[str, Any]]:
@@ -255,11 +261,15 @@ def _refused(kinds: Sequence[Kind]) -> tuple[str, dict[str, Any]]:
 
 def _schemas(operations: Operations) -> tuple[dict[str, Any], Shown]:
     """The schemas by name, and how each shape is referred to."""
-    shapes: dict[Any, None] = {Problem: None}
+    found: list[Any] = [Problem]
     for _, _, operation in _each(operations):
-        shapes |= dict.fromkeys([operation.takes.shape, *(gives.shape for gives in operation.gives)])
-    references, schemas = msgspec.json.schema_components(shapes, ref_template=_SCHEMAS)
-    return {name: _plain(schema) for name, schema in schemas.items()}, dict(zip(shapes, references, strict=True))
+        found += [operation.takes.shape, *(gives.shape for gives in operation.gives)]
+    shapes = [*dict.fromkeys(found)]
+    references, components = msgspec.json.schema_components(shapes, ref_template=_SCHEMAS)
+    schemas = {name: _plain(schema) for name, schema in components.items()}
+    parameters = [parameter for _, _, operation in _each(operations) for parameter in operation.parameters.values()]
+    schemas |= {parameter.name: _kind(parameter) for parameter in parameters if parameter.name is not None}
+    return schemas, dict(zip(shapes, references, strict=True))
 
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:

@@ -65,8 +65,8 @@ class Gives(NamedTuple):
 
 class Operation(NamedTuple):
     """What one method of a path does. `refuses` has the types of problems (their slugs) that are its own. `public` says
-    that it is answered to anybody, and whatever the runtime does: it tells nothing of any session, nor of the place where
-    they are stored.
+    that it is answered to anybody, and whatever the runtime does: it tells nothing of any session, nor of the place
+    where they are stored.
     """
 
     handler: Handler

@@ -17,11 +17,15 @@ __all__ = ["AFTER", "CURSOR", "DURABILITY", "USER_ID", "Parameter", "Parameters"
 
 
 class Parameter(NamedTuple):
-    """A parameter of a query: its type, what it says, and its JSON Schema beside the type, which the runtime checks."""
+    """A parameter of a query: its type, what it says, and its JSON Schema beside the type, which the runtime checks.
+
+    `name` is that of the schema, where several operations share it.
+    """
 
     kind: type[str] | type[int]
     description: str
     schema: Mapping[str, Any]
+    name: str | None = None
 
 
 Parameters: TypeAlias = Mapping[str, Parameter]
@@ -31,6 +35,7 @@ DURABILITY: Final = Parameter(
     str,
     "The level that the answer waits for: what the change then survives. Without it, the configured one.",
     {"enum": list(get_args(Durability))},
+    "Durability",
 )
 AFTER: Final = Parameter(int, "The seq to begin behind: `next` of the page before.", {"minimum": 0, "maximum": SEQ_MAX})
 CURSOR: Final = Parameter(str, "Where to begin: `next` of the page before.", {"minLength": 1})
@@ -45,7 +50,8 @@ def limit(default: int) -> Parameter:
 
 def order(default: Order) -> Parameter:
     """In which order to list."""
-    return Parameter(str, "Which end of the list comes first.", {"enum": list(get_args(Order)), "default": default})
+    text = f"Which end of the list comes first; {default!r} unless given."
+    return Parameter(str, text, {"enum": list(get_args(Order))}, "Order")
 
 
 _is_int: Final = re.compile(r"-?[0-9]{1,18}").fullmatch
