@@ -11,7 +11,7 @@ from .answers import NO_CONTENT, Answer, json_answer
 from .bodies import JSON, check_json_type, decode_json
 from .operations import Gives, Operations, Takes, operation
 from .problems import Refusal
-from .queries import CURSOR, DURABILITY, limit
+from .queries import DURABILITY, KEY_CURSOR, limit
 from .resources import Call
 from .shapes import DocumentPage, DocumentRecord
 
@@ -52,8 +52,8 @@ async def put_document(call: Call) -> Answer:
     """Write a document, over the one that may be there.
 
     `Content-Type: application/json` makes it JSON, an object as here or any other value; with another type, `image/png`
-    or what it may be, it is bytes, and comes back under that type. The answer has what is known of the document, without
-    its value.
+    or what it may be, it is bytes, and comes back under that type. The answer is what is known of the document, but its
+    value.
     """
     body, content_type = await call.body()
     given = "" if content_type is None else content_type.decode("latin-1")
@@ -87,7 +87,7 @@ async def delete_document(call: Call) -> Answer:
     return NO_CONTENT
 
 
-@operation(Gives(200, DocumentPage), cursor=CURSOR, limit=limit(100))
+@operation(Gives(200, DocumentPage), cursor=KEY_CURSOR, limit=limit(100))
 async def list_documents(call: Call) -> Answer:
     """List the documents of a collection, with their values, by key."""
     return json_answer(await (await call.session()).list_documents(call.path["collection"], **call.options))

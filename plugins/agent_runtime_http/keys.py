@@ -13,15 +13,22 @@ from starlette.types import Scope
 
 from .problems import Fault, Refusal, invalid
 
-__all__ = ["CHARS_MAX", "HEADER", "KEYED", "read_key"]
+__all__ = ["HEADER", "KEYED", "PATTERN", "read_key"]
 
 HEADER: Final = "Idempotency-Key"
 KEYED: Final = frozenset({"POST", "PATCH"})
 """The methods of a write that take it. To do `PUT` or `DELETE` twice is to do it once."""
 
-CHARS_MAX: Final = 255
-_quoted: Final = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)" *(?:;[ -~]*)?').fullmatch
-_bare: Final = re.compile(rb"[!#-+\--:<-\[\]-~]*").fullmatch
+_CHARS_MAX: Final = 255
+_BARE: Final = r"[!#-+\--:<-\[\]-~]"
+_QUOTED: Final = r'(?:[ !#-\[\]-~]|\\["\\])'
+_PARAMETERS: Final = r" *(?:;[ -~]*)?"
+_COUNT: Final = f"{{1,{_CHARS_MAX}}}"
+PATTERN: Final = f'^(?:{_BARE}{_COUNT}|"{_QUOTED}{_COUNT}"{_PARAMETERS})$'
+"""What is accepted, as a regular expression."""
+
+_quoted: Final = re.compile(f'"({_QUOTED}*)"{_PARAMETERS}'.encode()).fullmatch
+_bare: Final = re.compile(f"{_BARE}*".encode()).fullmatch
 _escaped: Final = re.compile(r"\\(.)")
 
 
@@ -46,8 +53,8 @@ def read_key(scope: Scope) -> str | None:
         key = given.decode("ascii")
     else:
         raise _malformed('must be text in double quotes, of printable ASCII characters, with \\ before each " and \\')
-    if not 1 <= len(key) <= CHARS_MAX:
-        raise invalid([Fault(HEADER, f"must have 1 to {CHARS_MAX} characters")])
+    if not 1 <= len(key) <= _CHARS_MAX:
+        raise invalid([Fault(HEADER, f"must have 1 to {_CHARS_MAX} characters")])
     return key
 
 

@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute
 
 from agent_runtime.validation import SEQ_MAX
 
-from .keys import CHARS_MAX, HEADER
+from .keys import HEADER, PATTERN
 from .operations import NOTHING, Gives, Operation, Operations, Takes, takes_key
 from .problems import KINDS, PROBLEM, Kind, Problem, urn
 from .queries import Parameter
@@ -212,8 +212,7 @@ def _kind(parameter: Parameter) -> dict[str, Any]:
 
 
 def _header() -> dict[str, Any]:
-    schema = {"type": "string", "minLength": 1, "maxLength": CHARS_MAX}
-    return {"name": HEADER, "in": "header", "description": _KEY, "schema": schema}
+    return {"name": HEADER, "in": "header", "description": _KEY, "schema": {"type": "string", "pattern": PATTERN}}
 
 
 def _body(takes: Takes, shown: Shown) -> dict[str, Any]:

@@ -13,7 +13,19 @@ from agent_runtime.validation import ID_CHARS_MAX, SEQ_MAX
 
 from .problems import Fault, Refusal, invalid
 
-__all__ = ["AFTER", "CURSOR", "DURABILITY", "USER_ID", "Parameter", "Parameters", "limit", "order", "read_query"]
+__all__ = [
+    "AFTER",
+    "CURSOR",
+    "DURABILITY",
+    "ID",
+    "KEY_CURSOR",
+    "USER_ID",
+    "Parameter",
+    "Parameters",
+    "limit",
+    "order",
+    "read_query",
+]
 
 
 class Parameter(NamedTuple):
@@ -31,6 +43,12 @@ class Parameter(NamedTuple):
 Parameters: TypeAlias = Mapping[str, Parameter]
 """The parameters that an operation takes, by name."""
 
+ID: Final[Mapping[str, Any]] = {
+    "minLength": 1,
+    "maxLength": ID_CHARS_MAX,
+    "pattern": r"^(?!\.{1,2}$)[^/\u0000-\u001f\u007f-\u009f]+$",
+}
+"""An id, a collection or a key."""
 DURABILITY: Final = Parameter(
     str,
     "The level that the answer waits for: what the change then survives. Without it, the configured one.",
@@ -38,8 +56,9 @@ DURABILITY: Final = Parameter(
     "Durability",
 )
 AFTER: Final = Parameter(int, "The seq to begin behind: `next` of the page before.", {"minimum": 0, "maximum": SEQ_MAX})
-CURSOR: Final = Parameter(str, "Where to begin: `next` of the page before.", {"minLength": 1})
-USER_ID: Final = Parameter(str, "Of this user only.", {"minLength": 1, "maxLength": ID_CHARS_MAX})
+CURSOR: Final = Parameter(str, "Where to begin: `next` of the page before.", {"pattern": "^[A-Za-z0-9_-]+$"})
+KEY_CURSOR: Final = Parameter(str, "The key to begin behind: `next` of the page before.", ID)
+USER_ID: Final = Parameter(str, "Of this user only.", ID)
 
 
 def limit(default: int) -> Parameter:

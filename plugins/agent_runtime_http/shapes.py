@@ -17,6 +17,8 @@ from agent_runtime.records import DEFAULT_AGENT, Role, Time
 from agent_runtime.session import DESCRIPTION_CHARS_MAX, REASON_CHARS_MAX
 from agent_runtime.validation import ID_CHARS_MAX, TOKEN_COUNT_MAX
 
+from .queries import ID
+
 __all__ = [
     "AgentHandOver",
     "ChatMessage",
@@ -45,10 +47,7 @@ __all__ = [
 
 _RESERVED: Final = ["role", "content", "name", "tool_calls", "tool_call_id", "token_count", "metadata", "extra", "id"]
 
-Id: TypeAlias = Annotated[
-    str,
-    Meta(min_length=1, max_length=ID_CHARS_MAX, pattern=r"^(?!\.{1,2}$)[^/\u0000-\u001f\u007f-\u009f]+$"),
-]
+Id: TypeAlias = Annotated[str, Meta(extra_json_schema=dict(ID))]
 Name: TypeAlias = Annotated[
     str, Meta(min_length=1, max_length=ID_CHARS_MAX, pattern=r"^[^\u0000-\u001f\u007f-\u009f]+$")
 ]
