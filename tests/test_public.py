@@ -102,7 +102,9 @@ def test_the_public_names_are_these() -> None:
     assert all(hasattr(agent_runtime, name) for name in PUBLIC)
 
 
-@pytest.mark.parametrize("name", ["storage", "rows", "changes", "hookspecs", "bridge", "keyed", "process", "testing"])
+@pytest.mark.parametrize(
+    "name", ["storage", "rows", "changes", "hookspecs", "bridge", "formats", "keyed", "process", "testing"]
+)
 def test_the_modules_for_authors_of_plugins_say_what_is_in_them(name: str) -> None:
     assert re.search(rf"`(agent_runtime\.)?{name}`", agent_runtime.__doc__ or "")
     module = importlib.import_module(f"agent_runtime.{name}")

@@ -6,7 +6,7 @@
         history = await session.history()
 
 These are the public names; what is not here, nor in `agent_runtime.storage`, `rows`, `changes`, `hookspecs`, `bridge`,
-`keyed`, `process` and `testing` (for authors of plugins), may change without notice.
+`formats`, `keyed`, `process` and `testing` (for authors of plugins), may change without notice.
 """
 
 from .approvals import Approval

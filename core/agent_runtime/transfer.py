@@ -115,16 +115,20 @@ async def import_sessions(
 
     Raises:
         StorageError, LeaseLost, Quarantined, RuntimeClosed: it stopped, or what it did could not be stored.
+        AgentRuntimeError: the source can't be read (any further).
     """
     run = _Import(runtime, refused, progress)
     begun_at = runtime.watermarks.accepted
     async with anyio.create_task_group() as tasks:
         turn = anyio.Event()
         turn.set()
-        async for entry in entries:
-            await run.slots.acquire()
-            mine, turn = turn, anyio.Event()
-            tasks.start_soon(run.restore, entry, utc_now(), mine, turn, tasks.cancel_scope)
+        try:
+            async for entry in entries:
+                await run.slots.acquire()
+                mine, turn = turn, anyio.Event()
+                tasks.start_soon(run.restore, entry, utc_now(), mine, turn, tasks.cancel_scope)
+        except AgentRuntimeError as error:
+            run.failure = error  # raised below, by itself; what was read before is restored
     if run.failure is not None:
         raise run.failure
     await _flush(runtime)
