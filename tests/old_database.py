@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
 from postgres_server import new_schema, server
 
@@ -114,8 +115,11 @@ def empty(kind: str, directory: Path) -> OldDatabase:
                 connection.execute(statement)
         return OldDatabase(f"sqlite:///{path}", path=path)
     schema = new_schema()
-    server().execute(*(statement.replace("DATETIME", "TIMESTAMP") for statement in TABLES), schema=schema)
-    return OldDatabase(f"{server().url}?search_path={schema}", schema=schema)
+    tables = (statement.replace("DATETIME", "TIMESTAMP") for statement in TABLES)
+    server().execute(f"CREATE SCHEMA {schema}; SET search_path TO {schema}", *tables)
+    parts = urlsplit(server().url)
+    query = "&".join(filter(None, [parts.query, f"search_path={schema}"]))
+    return OldDatabase(urlunsplit(parts._replace(query=query)), schema=schema)
 
 
 def sample(kind: str, directory: Path) -> OldDatabase:

@@ -143,7 +143,7 @@ async def test_of_many_who_decide_at_once_one_does(monkeypatch: pytest.MonkeyPat
     refusals: list[ApprovalDecided] = []
 
     async def decide(session: SessionHandle, approval_id: str, number: int) -> None:
-        decision: Decision = ("approve", "edit", "reject")[number % 3]  # type: ignore[assignment]
+        decision: Decision = ("approve", "edit", "reject")[number % 3]
         arguments = {"by": number} if decision == "edit" else None
         try:
             outcomes.append(

