@@ -218,7 +218,8 @@ async def test_a_statement_that_writes_is_refused_by_the_database(tmp_path: Path
 
 
 async def test_the_old_service_may_go_on_writing(tmp_path: Path) -> None:
-    """An import shows one moment."""
+    """An import shows one moment: sessions that it comes to later are as they were when it began."""
+    written_to = "session_012-ключ"
     for kind in KINDS:
         old = sample(kind, tmp_path)
         if old.path is not None:
@@ -227,11 +228,14 @@ async def test_the_old_service_may_go_on_writing(tmp_path: Path) -> None:
         async with in_memory().open() as runtime:
             with open_source(ImportRequest(source=old.url)) as opened:
                 async with aclosing(opened.entries) as entries:
-                    await anext(entries)
-                    old.insert("sessions", id="zzz", created_at=DAY, last_activity=DAY, is_active=1)
+                    first = json.loads((await anext(entries)).line)["session_id"]
+                    assert first != written_to
+                    add_message(old, "late", session_db_id=written_to, timestamp="2027-01-01 00:00:00")
                     result = await import_sessions(runtime, entries, refused=pytest.fail)
             assert result == Imported(created=17)
-            assert (await imported(runtime, old.url)) == Imported(created=2, unchanged=17)
+            assert (await (await runtime.get_session(written_to)).record()).message_count == 17
+            assert (await imported(runtime, old.url)) == Imported(created=1, resumed=1, unchanged=16)
+            assert (await (await runtime.get_session(written_to)).record()).message_count == 18
 
 
 # --- faulty rows ------------------------------------------------------------------------------------------------------

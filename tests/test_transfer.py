@@ -8,7 +8,7 @@ import os
 import re
 import sqlite3
 import stat
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +53,7 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 SAMPLE = Path(__file__).parent / "data" / "airline-sample.jsonl.gz"
 
 
-async def each(lines: Iterable[bytes]) -> AsyncIterator[bytes]:
+async def each(lines: Iterable[bytes]) -> AsyncGenerator[bytes, None]:
     for line in lines:
         yield line
 
@@ -62,7 +62,7 @@ async def imported(runtime: Runtime, *lines: bytes | dict[str, Any], refused: li
     """Import these lines; every refusal must be expected."""
     refusals: list[str] = []
     encoded = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
-    async with aclosing(chat_entries("f.jsonl", each(encoded))) as entries:
+    async with aclosing(each(encoded)) as read, aclosing(chat_entries("f.jsonl", read)) as entries:
         result = await import_sessions(runtime, entries, refused=refusals.append)
     assert refusals == (refused or [])
     assert runtime.watermarks.stored == runtime.watermarks.accepted
