@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from .durations import duration
 from .errors import ConfigError
 from .records import Durability
 
@@ -140,6 +141,12 @@ def _origin(text: str) -> str:
     return origin
 
 
+def _duration(text: str | None) -> str | None:
+    if text is not None:
+        duration(text)
+    return text
+
+
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
 
@@ -222,10 +229,12 @@ class LeaseSection(_Section):
 
 
 class RetentionSection(_Section):
-    """When sessions are deleted by themselves. Not in this version."""
+    """When sessions are deleted by themselves."""
 
-    max_idle: str | None = _later(None, "How long a session may lie idle before it is deleted; null: for ever.")
-    sweep_interval_s: float = _later(3600.0, "Seconds between two searches for idle sessions.")
+    max_idle: Annotated[str | None, AfterValidator(_duration)] = _key(
+        None, "How long a session may lie idle, such as 30d or 12h, before it is deleted; null: for ever."
+    )
+    sweep_interval_s: float = _key(3600.0, "Seconds between two searches for idle sessions.", gt=0)
 
 
 class HttpSection(_Section):

@@ -159,9 +159,9 @@ class Door:
             raise SessionNotFound(session_id)
         return resident
 
-    async def _load(self, session_id: str) -> None:
+    async def _load(self, session_id: str, *, cold: bool = False) -> None:
         """Bring a session into memory, or that there is none. Many who want the same one share a load."""
-        self.residents.missed()
+        self.residents.missed(cold=cold)
         flight = self._flights.get(session_id)
         if flight is not None:
             await flight.landed.wait()
@@ -172,7 +172,7 @@ class Door:
         try:
             async with self.view(None) as snapshot:
                 rows = await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX)
-            self.residents.admit(session_id, rows)
+            self.residents.admit(session_id, rows, cold=cold)
         except StorageError as error:
             flight.error = error
             raise
@@ -216,12 +216,14 @@ class Door:
         durability: str | None,
         request: Request[T] | None = None,
         fresh: bool = False,
+        cold: bool = False,
     ) -> T:
         """Change a session: call `decide` with what there is under the id, and carry out the plan it returns.
 
         `decide` is synchronous and changes nothing; it may be called again when the state moved while the call waited.
         `scope` is where the idempotency key counts: the session's incarnation, or CREATION_SCOPE. `fresh`: the id was
-        made for this call, so that the database need not be asked.
+        made for this call, so that the database need not be asked. `cold`: nobody has asked for the session, so that it
+        takes no other's place in memory.
         """
         level = self.level(durability)
         self._turn -= 1
@@ -236,7 +238,7 @@ class Door:
                     raise again(self._closed)
                 current = None if fresh else self.residents.find(session_id)
                 if isinstance(current, Unknown):
-                    await self._load(session_id)
+                    await self._load(session_id, cold=cold)
                     continue
                 if request is not None:
                     outcome = self._known_outcome(scope, current, request.key)

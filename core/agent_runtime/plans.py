@@ -292,6 +292,14 @@ class Planner:
         """The session away, with all it has."""
         return Plan(self._change(resident, deleted=True), None)
 
+    def delete_idle(self, current: Resident | None, incarnation: str, before: datetime) -> Plan[bool]:
+        """The session away if this incarnation is there, nothing has happened in it since, and it is not held."""
+        if current is None or current.incarnation != incarnation or current.deleted or current.held:
+            return Plan(None, False)
+        if current.last_activity >= before:
+            return Plan(None, False)
+        return Plan(self.delete(current).change, True)
+
     def switch_agent(
         self, resident: Resident, agent: str, reason: str | None, metadata: str | None
     ) -> Plan[AgentContext]:

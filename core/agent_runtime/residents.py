@@ -454,13 +454,13 @@ class Residents:
             self._idle.move_to_end(session_id)
         return None if entry.deleted and not entry.held else entry
 
-    def missed(self) -> None:
-        """A session was not in memory; it is about to be found there, which is then no hit."""
-        self.misses += 1
+    def missed(self, *, cold: bool = False) -> None:
+        """A session was not in memory; it is about to be found there, which is no hit. `cold`: and this no miss."""
+        self.misses += not cold
         self.hits -= 1
 
-    def admit(self, session_id: str, rows: HeadRows | None) -> None:
-        """What was loaded of a session that was unknown."""
+    def admit(self, session_id: str, rows: HeadRows | None, *, cold: bool = False) -> None:
+        """What was loaded of a session that was unknown. `cold`: it is the first to go, as nobody has asked for it."""
         if session_id in self._entries:
             raise ValueError(f"session {session_id!r} is in memory already")
         resident = None if rows is None else Resident.from_rows(rows)
@@ -469,6 +469,8 @@ class Residents:
         if resident is not None:
             resident.idle = True
             resident.trim_outcomes(self.share_bytes)
+        if cold:
+            self._idle.move_to_end(session_id, last=False)
         self.bytes += _absent_bytes(session_id) if resident is None else resident.bytes
         self._evict(keep=session_id)
 
@@ -637,6 +639,8 @@ class Residents:
         else:
             resident.idle = True
         self._idle[resident.session_id] = None
+        if resident.deleted:  # hardly anyone asks for it again: the first to go
+            self._idle.move_to_end(resident.session_id, last=False)
 
     def _bear(self, resident: Resident, change: Change) -> None:
         resident.unborn = change.sequence

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import anyio
@@ -22,6 +23,7 @@ from .archives import Archives
 from .budget import Budget
 from .config import Config, redact_url
 from .door import CREATION_SCOPE, Door, Plan
+from .durations import duration
 from .errors import (
     DrainIncomplete,
     DurabilityNotReached,
@@ -46,6 +48,7 @@ from .reads import Reads
 from .records import DEFAULT_AGENT, Durability, NewMessage, Order, Page, Session, Watermarks
 from .recovery import recover
 from .residents import Resident, Residents
+from .retention import Retention
 from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
 from .status import Status, status_of
@@ -136,6 +139,8 @@ class Runtime:
         self._lease_scope = anyio.CancelScope(shield=True)
         self._journal_scope = anyio.CancelScope()
         self._flush_log_scope = anyio.CancelScope()
+        self._retention = Retention(door=self._door, planner=self._planner)
+        self._retention_scope = anyio.CancelScope()
         self._fenced: LeaseLost | None = None
         self._fenced_off = anyio.Event()
 
@@ -358,6 +363,8 @@ class Runtime:
             tasks.start_soon(self._run_flush_log)
             if self._journal is not None:
                 tasks.start_soon(self._run_journal, self._journal)
+            if (max_idle := self.config.retention.max_idle) is not None:
+                tasks.start_soon(self._run_retention, duration(max_idle))
             try:
                 async with AsyncExitStack() as lifespans:
                     for plugin, lifespan in self.plugins.lifespans(self):
@@ -369,6 +376,7 @@ class Runtime:
                     yield
             except BaseException as error:  # noqa: BLE001 — kept out of the task group's exception group, raised below
                 body_error = error
+            self._retention_scope.cancel()
             self._door.close()
             tasks.start_soon(self._drain, drained)  # a task of its own: asyncio's `Task.cancel` passes all shields
         left = None
@@ -417,6 +425,10 @@ class Runtime:
     async def _run_flush_log(self) -> None:
         with self._flush_log_scope:
             await self._flush_log.run()
+
+    async def _run_retention(self, max_idle: timedelta) -> None:
+        with self._retention_scope:
+            await self._retention.run(max_idle, self.config.retention.sweep_interval_s)
 
     async def _run_journal(self, keeper: JournalKeeper) -> None:
         with anyio.CancelScope(shield=True):
