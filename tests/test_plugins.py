@@ -246,10 +246,10 @@ def test_one_name_twice_by_hand_and_one_object_twice() -> None:
 
 
 def test_only_plugins_that_exist_can_be_disabled(install: Install) -> None:
-    install("metrics", storing("metrics"))
+    install("meters", storing("meters"))
     with pytest.raises(ConfigError) as caught:
-        PluginManager(disabled=["metrix", "hand"]).load([("hand", plugin(storages=none))])
-    assert caught.value.problems == ("plugins.disabled: there is no plugin 'metrix'; did you mean metrics?",)
+        PluginManager(disabled=["meterz", "hand"]).load([("hand", plugin(storages=none))])
+    assert caught.value.problems == ("plugins.disabled: there is no plugin 'meterz'; did you mean meters?",)
     manager = PluginManager(disabled=["hand"])
     manager.load([("hand", plugin(storages=lambda: {"hand": print}))])
     assert "hand" not in manager.storages()

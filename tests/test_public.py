@@ -35,6 +35,7 @@ DOCUMENTS = [
     *(f"{folder}/README.md" for folder in FOLDERS),
     "plugins/agent_runtime_codelab/README.md",
     "plugins/agent_runtime_http/README.md",
+    "plugins/agent_runtime_metrics/README.md",
 ]
 
 PUBLIC = [

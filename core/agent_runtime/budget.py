@@ -33,11 +33,12 @@ class _Ticket:
 
 
 class Budget:
-    """Counts bytes. `retry_after_s` is what a refused caller is told."""
+    """Counts bytes. `retry_after_s` is what a refused caller is told; `refusals` counts those who were."""
 
     def __init__(self, bytes_max: int, *, timeout_s: float, retry_after_s: float) -> None:
         self.bytes_max = bytes_max
         self.used = 0
+        self.refusals = 0
         self.on_demand: Callable[[], None] = _nobody
         self._timeout_s = timeout_s
         self._retry_after_s = retry_after_s
@@ -48,6 +49,11 @@ class Budget:
     def awaited(self) -> bool:
         """Whether anyone waits for room."""
         return bool(self._queue)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for room."""
+        return len(self._queue)
 
     def admit(self, size: int) -> bool:
         """Take `size` bytes if there is room and nobody waits before us."""
@@ -102,6 +108,7 @@ class Budget:
             raise again(self._stopped)
         if not ticket.event.is_set():
             self._leave(ticket)
+            self.refusals += 1
             raise Overloaded(self._retry_after_s, self.used, self.bytes_max)
 
     def _leave(self, ticket: _Ticket) -> None:

@@ -334,7 +334,7 @@ class Runtime:
             lease=self._lease,
             storage=self._storage,
             journal=None if self._journal is None else self._journal.journal,
-            durability=self._door.durability,
+            door=self._door,
             fenced=self._fenced,
         )
 

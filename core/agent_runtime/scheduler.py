@@ -39,6 +39,7 @@ from .errors import (
     StorageError,
     StorageFatal,
 )
+from .histograms import COUNTS, SECONDS, Histogram
 from .log import Log
 from .residents import Resident, Residents
 from .storage import Fence, Storage
@@ -89,7 +90,7 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlushFigures(msgspec.Struct, kw_only=True):
-    """What the scheduler has done so far."""
+    """What the scheduler has done so far. `durations` (in seconds) and `sizes` (in changes) are of stored batches."""
 
     batches: int = 0
     changes: int = 0
@@ -98,6 +99,8 @@ class FlushFigures(msgspec.Struct, kw_only=True):
     quarantined: int = 0
     last_duration_s: float = 0.0
     last_changes: int = 0
+    durations: Histogram = msgspec.field(default_factory=lambda: Histogram.of(SECONDS))
+    sizes: Histogram = msgspec.field(default_factory=lambda: Histogram.of(COUNTS))
     last_error: str | None = None
     failing_since_s: float | None = None
 
@@ -313,6 +316,8 @@ class Scheduler:
         figures.changes += receipt.changes
         figures.last_changes = receipt.changes
         figures.last_duration_s = receipt.duration_s
+        figures.durations.observe(receipt.duration_s)
+        figures.sizes.observe(receipt.changes)
         self._advance(batch.last, batch)
         logger.debug(
             "flushed %d change(s) of %d session(s) in %.0f ms",

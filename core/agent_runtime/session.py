@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
+from time import perf_counter
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import msgspec
@@ -292,7 +293,10 @@ class SessionHandle:
         if self._hooks.appending:
             new = [self._seen(f"{path}[{index}]" if path else "", each) for index, each in enumerate(new)]
         self._check_messages(path, new)
-        return await self._write(partial(self._planner.append, new=new), durability, request)
+        started = perf_counter()
+        messages = await self._write(partial(self._planner.append, new=new), durability, request)
+        self._door.appends[durability or self._door.durability].observe(perf_counter() - started)
+        return messages
 
     def _seen(self, path: str, message: NewMessage) -> NewMessage:
         """The message as the plugins leave it."""

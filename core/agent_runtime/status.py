@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import anyio
 import msgspec
 
 from .budget import Budget
+from .door import Door
 from .errors import LeaseLost
+from .histograms import Histogram
 from .journal import Journal
 from .lease import LeaseKeeper
 from .log import Log
@@ -18,23 +20,49 @@ from .scheduler import FlushFigures, Scheduler
 from .storage import PoolFigures, Storage
 
 __all__ = [
+    "FlushStatus",
     "JournalStatus",
     "LeaseStatus",
     "PendingStatus",
     "QuarantineStatus",
     "ResidentsStatus",
+    "State",
     "Status",
     "status_of",
 ]
 
 
+State: TypeAlias = Literal["running", "degraded", "fenced"]
+
+
 class PendingStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Unstored changes."""
+    """Unstored changes, the calls that wait for room for one, and those that were refused (`Overloaded`)."""
 
     changes: int
     bytes: int
     bytes_max: int
     oldest_age_s: float
+    waiting: int
+    refused: int
+
+
+class FlushStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What was stored since the start, in how many batches; `durations` in seconds and `sizes` in changes are theirs.
+
+    `failing_s`: for how long batches have failed; None when they don't. `last_error` then says why.
+    """
+
+    batches: int
+    changes: int
+    failures: int
+    retries: int
+    quarantined: int
+    last_duration_s: float
+    last_changes: int
+    last_error: str | None
+    failing_s: float | None
+    durations: Histogram
+    sizes: Histogram
 
 
 class ResidentsStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +92,9 @@ class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The journal. `full`: it takes no more for want of disk; `sync_failures` count since the start."""
+    """The journal. `full`: it takes no more for want of disk. Since the start: `sync_failures`, and in `syncs` the
+    seconds that syncs took.
+    """
 
     place: str
     segments: int
@@ -72,18 +102,21 @@ class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
     full: bool
     sync_failures: int
     last_sync_s: float
+    syncs: Histogram
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """All figures. `durability` is the level that a call waits for unless it names one. `state` is degraded while
-    batches fail, for now or for a reason that does not go away by itself.
+    batches fail, for now or for a reason that does not go away by itself. `appends` has the seconds, by level, that
+    calls took which appended messages.
     """
 
-    state: Literal["running", "degraded", "fenced"]
+    state: State
     durability: Durability
     watermarks: Watermarks
+    appends: dict[Durability, Histogram]
     pending: PendingStatus
-    flush: FlushFigures
+    flush: FlushStatus
     residents: ResidentsStatus
     quarantine: QuarantineStatus
     lease: LeaseStatus
@@ -100,23 +133,26 @@ def status_of(
     lease: LeaseKeeper,
     storage: Storage,
     journal: Journal | None,
-    durability: Durability,
+    door: Door,
     fenced: LeaseLost | None,
 ) -> Status:
     """The figures of this moment."""
-    failing = scheduler.figures.failing_since_s is not None
+    flush = _flush_status(scheduler.figures)
     held = residents.held
     return Status(
-        state="fenced" if fenced else "degraded" if failing else "running",
-        durability=durability,
+        state="fenced" if fenced else "degraded" if flush.failing_s is not None else "running",
+        durability=door.durability,
         watermarks=log.watermarks,
+        appends={level: appends.copy() for level, appends in door.appends.items()},
         pending=PendingStatus(
             changes=scheduler.pending_changes,
             bytes=budget.used,
             bytes_max=budget.bytes_max,
             oldest_age_s=scheduler.oldest_age_s,
+            waiting=budget.waiting,
+            refused=budget.refusals,
         ),
-        flush=msgspec.structs.replace(scheduler.figures),
+        flush=flush,
         residents=ResidentsStatus(
             count=residents.count,
             bytes=residents.bytes,
@@ -136,6 +172,23 @@ def status_of(
     )
 
 
+def _flush_status(figures: FlushFigures) -> FlushStatus:
+    since_s = figures.failing_since_s
+    return FlushStatus(
+        batches=figures.batches,
+        changes=figures.changes,
+        failures=figures.failures,
+        retries=figures.retries,
+        quarantined=figures.quarantined,
+        last_duration_s=figures.last_duration_s,
+        last_changes=figures.last_changes,
+        last_error=figures.last_error,
+        failing_s=None if since_s is None else anyio.current_time() - since_s,
+        durations=figures.durations.copy(),
+        sizes=figures.sizes.copy(),
+    )
+
+
 def _journal_status(journal: Journal) -> JournalStatus:
     figures = journal.figures
     return JournalStatus(
@@ -145,4 +198,5 @@ def _journal_status(journal: Journal) -> JournalStatus:
         full=figures.full,
         sync_failures=figures.failures,
         last_sync_s=figures.last_sync_s,
+        syncs=figures.syncs,
     )

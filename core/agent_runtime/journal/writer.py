@@ -27,6 +27,7 @@ import msgspec
 from anyio.lowlevel import checkpoint
 
 from ..errors import JournalError, JournalFull
+from ..histograms import SECONDS, Histogram
 from ..identifiers import utc_now
 from .files import JournalFiles, SegmentFile
 from .frames import encode_frame, seed_of
@@ -43,12 +44,13 @@ _TURN_BYTES: Final = 64 * 1024  # written again between two yields to the loop: 
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """The journal in numbers. `failures` counts syncs that failed; `full`: the last append was refused for
-    lack of room."""
+    """The journal in numbers. `syncs` has the seconds that syncs took, `failures` counts those that failed; `full`: the
+    last append was refused for lack of room."""
 
     segments: int
     bytes: int
     last_sync_s: float
+    syncs: Histogram
     failures: int
     full: bool
 
@@ -112,6 +114,7 @@ class Journal:
         self._write: Callable[[bytes], int] = _nowhere
         self._slow_size = 0  # an append that would make the current segment larger looks after space and rotation first
         self._last_sync_s = 0.0
+        self._syncs = Histogram.of(SECONDS)
         self._failures = 0
         self._full = False
         self._closed = False
@@ -193,6 +196,7 @@ class Journal:
             segments=len(self._segments),
             bytes=sum(segment.size for segment in self._segments),
             last_sync_s=self._last_sync_s,
+            syncs=self._syncs.copy(),
             failures=self._failures,
             full=self._full,
         )
@@ -368,6 +372,7 @@ class Journal:
         if self._closed:
             raise JournalError(f"the journal in {self._files.place} is closed")
         self._last_sync_s = self._clock() - started_at
+        self._syncs.observe(self._last_sync_s)
         self.synced = max(self.synced, target)
         return self.synced
 
