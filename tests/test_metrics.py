@@ -238,15 +238,11 @@ def test_values_are_counted_in_their_buckets() -> None:
     assert histogram.since(earlier).counts == counted([0.3])
 
 
-def test_a_quantile_is_the_bound_of_its_bucket() -> None:
-    histogram = Histogram.of(SECONDS)
+def test_a_quantile_lies_in_its_bucket_as_prometheus_has_it() -> None:
+    histogram = Histogram.of((1.0, 2.0, 4.0))
     assert histogram.quantile(0.5) is None
-    for value in [0.0002] * 98 + [0.3, 100.0]:
+    for value in (0.5, 1.5, 1.5, 3.0):
         histogram.observe(value)
-    assert [histogram.quantile(share) for share in (0.0, 0.5, 0.98, 0.99, 1.0)] == [
-        0.00025,
-        0.00025,
-        0.00025,
-        0.5,
-        50.0,
-    ]
+    assert [histogram.quantile(share) for share in (0, 0.25, 0.5, 0.75, 1)] == [0.0, 1.0, 1.5, 2.0, 4.0]
+    histogram.observe(100.0)
+    assert histogram.quantile(1) == 4.0

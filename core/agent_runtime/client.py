@@ -5,11 +5,14 @@ A runtime in this process is one, so that a command may be written once for both
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from .records import AgentContext, AgentSwitch, Durability, Message, Order, Page, Session
+
+if TYPE_CHECKING:
+    from .status import Status
 
 __all__ = ["ClientFactory", "SessionClient", "SessionsClient"]
 
@@ -49,6 +52,9 @@ class SessionsClient(Protocol):
 
     async def flush(self) -> None:
         """Wait until every change acknowledged so far is stored."""
+
+    def status(self) -> Status | Awaitable[Status]:
+        """The figures of this moment. A server has to be asked for them, a runtime has them at once."""
 
 
 ClientFactory: TypeAlias = Callable[[str], AbstractAsyncContextManager[SessionsClient]]

@@ -54,14 +54,15 @@ class Histogram(msgspec.Struct):
         return Histogram(self.bounds, counts, self.sum - earlier.sum)
 
     def quantile(self, share: float) -> float | None:
-        """The bound that this share of the values (0 to 1) does not exceed; None without values.
+        """The value that this share of all values (0 to 1) does not exceed; None without values.
 
-        Values above all bounds are taken for the last one.
+        As `histogram_quantile` of Prometheus has it: values lie evenly in their bucket, and those above all bounds are
+        taken for the last one.
         """
         wanted = share * self.count
-        below = 0
-        for bound, count in zip((*self.bounds, self.bounds[-1]), self.counts, strict=True):
-            below += count
-            if below and below >= wanted:
-                return bound
-        return None
+        below, low = 0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if count and below + count >= wanted:
+                return low + (bound - low) * max(0.0, wanted - below) / count
+            below, low = below + count, bound
+        return low if self.counts[-1] else None

@@ -27,6 +27,7 @@ from agent_runtime import (
     Page,
     Session,
     SessionNotFound,
+    Status,
     StorageUnavailable,
 )
 from agent_runtime.client import SessionsClient
@@ -152,6 +153,9 @@ class _Sessions:
 
     async def flush(self) -> None:
         await self._wire.ask("POST", "/v1/flush", object)
+
+    async def status(self) -> Status:
+        return await self._wire.ask("GET", "/v1/status", Status)
 
 
 class _Session:

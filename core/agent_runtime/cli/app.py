@@ -15,7 +15,7 @@ import typer
 
 from ..errors import ConfigError
 from ..sources import load_config
-from . import check, config, copy, journal, plugins, quarantine, sessions, transfer
+from . import check, config, copy, journal, plugins, quarantine, sessions, status, transfer
 from .exits import FAILED, SIGNALLED, failure_of, tell
 from .invocation import Invocation, invocation_of
 from .logs import configure_logging
@@ -52,6 +52,7 @@ def _build() -> typer.Typer:
     app.command("copy")(copy.copy_all)
     app.add_typer(journal.app, name="journal")
     app.add_typer(quarantine.app, name="quarantine")
+    app.command("status")(status.show_status)
     app.command("check")(check.check_all)
     app.add_typer(config.app, name="config")
     app.command("plugins")(plugins.list_plugins)
