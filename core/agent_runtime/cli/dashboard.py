@@ -58,7 +58,7 @@ class Board:
     """The figures of one server, look by look. Times are of a clock that only runs forward."""
 
     def __init__(self, glyphs: Glyphs = UNICODE) -> None:
-        self._glyphs = glyphs
+        self.glyphs = glyphs
         self._looks: deque[_Look] = deque()
         self._rates: deque[float] = deque(maxlen=_RATES_MAX)
 
@@ -127,7 +127,7 @@ class Board:
         oldest = f", the oldest for {self._time(pending.oldest_age_s)}" if pending.changes else ""
         yield Row("stored", _count(marks.stored), self._behind(marks.accepted - marks.stored) + oldest)
 
-        share = pending.bytes / pending.bytes_max
+        share = pending.bytes / max(pending.bytes_max, 1)
         tone: Tone = "bad" if share > 0.9 else "warning" if share > 0.5 else ""
         text = f"{_of_bytes(pending.bytes, pending.bytes_max)}, {_plural(pending.changes, 'change')}"
         yield Row("pending", f"{share:.0%}", self._bar(share, columns) + text, tone, gap=True)
@@ -164,7 +164,7 @@ class Board:
         misses = self._grown(lambda it: it.residents.misses)
         evictions = self._grown(lambda it: it.residents.evictions)
         looks = hits + misses
-        found = f"{hits / looks:.1%}" if looks else self._glyphs.missing
+        found = f"{hits / looks:.1%}" if looks else self.glyphs.missing
         text = f"of {_count(looks)} looks, {_plural(evictions, 'eviction')}"
         yield Row("hits", found, text, gap=True)
         durations, sizes = self._recent_flushes(status)
@@ -216,7 +216,7 @@ class Board:
     def _spread(self, histogram: Histogram) -> str:
         half, most = histogram.quantile(0.5), histogram.quantile(0.99)
         if half is None or most is None:
-            return self._glyphs.missing
+            return self.glyphs.missing
         return f"p50 {self._time(half)}, p99 {self._time(most)}"
 
     def _frequency(self, histogram: Histogram) -> str:
@@ -230,10 +230,10 @@ class Board:
         if columns < 72:
             return ""
         cells = round(min(share, 1.0) * _BAR_CELLS)
-        return self._glyphs.full * cells + self._glyphs.empty * (_BAR_CELLS - cells) + "  "
+        return self.glyphs.full * cells + self.glyphs.empty * (_BAR_CELLS - cells) + "  "
 
     def _curve(self, values: Sequence[float]) -> str:
-        signs = self._glyphs.curve
+        signs = self.glyphs.curve
         highest = max(values, default=0.0)
         if not highest:
             return signs[0] * len(values)
@@ -241,7 +241,7 @@ class Board:
 
     def _time(self, seconds: float) -> str:
         if seconds < 1e-3:
-            return f"{seconds * 1e6:.0f} {self._glyphs.micro}"
+            return f"{seconds * 1e6:.0f} {self.glyphs.micro}"
         if seconds < 1:
             return f"{seconds * 1e3:.3g} ms"
         if seconds < 120:

@@ -244,7 +244,7 @@ def _view(board: Board, server: _Server, terminal: Console, absent: tuple[str, f
     head.width = columns
     head.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     head.add_column(no_wrap=True, justify="right")
-    head.add_row(Text(visible(server.url), "bold"), Text(f"{_glyphs().lamp} {state}", _STYLES[tone]))
+    head.add_row(Text(visible(server.url), "bold"), Text(f"{board.glyphs.lamp} {state}", _STYLES[tone]))
     head.add_row(Text(board.period, "dim"), Text(_now(), "dim"))
     parts: list[RenderableType] = [head, Text()]
     if absent is not None:
