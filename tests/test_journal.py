@@ -438,18 +438,6 @@ async def test_a_copy_of_the_directory_is_refused_once_the_original_went_on(
         assert await texts(runtime, "b") == ["b 0", "b 1", "b 2"]
 
 
-async def test_a_journal_whose_changes_another_runtime_overtook_is_refused(
-    place: JournaledPlace, tmp_path: Path
-) -> None:
-    async with place.open_without_storing() as runtime:
-        await write(runtime, "a")
-    async with place.open(journal={"directory": str(tmp_path / "another")}) as runtime:
-        await write(runtime, "b")
-    with pytest.raises(JournalMismatch, match="has changes 1 to 4 that the database lacks, and another runtime has"):
-        async with place.open():
-            pass
-
-
 class _FarAway(FaultyStorage):
     @property
     def abilities(self) -> Abilities:

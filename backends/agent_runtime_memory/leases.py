@@ -5,7 +5,7 @@ Every function is one step of a transaction. Times are by the event loop's clock
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime
 
 import anyio
@@ -17,7 +17,7 @@ from agent_runtime.storage import Claim, Fence, JournalRow
 from .partition import Partition, Standing
 from .tables import Transaction
 
-__all__ = ["acquire", "advance", "fenced", "release", "renew"]
+__all__ = ["acquire", "advance", "fenced", "release", "renew", "replayed"]
 
 
 def acquire(
@@ -104,6 +104,14 @@ def advance(partition: Partition, transaction: Transaction, fence: Fence, sequen
             raise StorageFatal(f"the journal {fence.journal_id!r} holds the lease, but has no row")
         moved = replace(journal, sequence=sequence, previous_generation=journal.generation)
         transaction.put(partition.journals, (fence.journal_id,), moved)
+
+
+def replayed(partition: Partition, transaction: Transaction, journals: Iterable[tuple[str, int]]) -> None:
+    """Move the rows of journals whose changes have come in late, where they are known."""
+    for journal_id, sequence in journals:
+        row = transaction.get(partition.journals, (journal_id,))
+        if row is not None:
+            transaction.put(partition.journals, (journal_id,), replace(row, sequence=sequence))
 
 
 def renew(partition: Partition, transaction: Transaction, fence: Fence, duration_s: float) -> None:

@@ -120,6 +120,7 @@ class _MemoryStorage:
             if standing.sequence != batch.after:
                 raise SequenceMismatch(batch.after, standing.sequence)
             leases.advance(partition, transaction, fence, batch.last)
+            leases.replayed(partition, transaction, batch.replayed)
             write(partition, transaction, batch)
         return batch.receipt()
 

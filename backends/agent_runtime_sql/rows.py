@@ -44,6 +44,7 @@ NAMED: Final[Mapping[str, Callable[[Any], dict[str, Any]]]] = {
     "edited": lambda pair: {"incarnation": pair[0], **msgspec.structs.asdict(pair[1])},
     "cleared": lambda pair: {"incarnation": pair[0], "floor": pair[1]},
     "removed": lambda pair: {"incarnation": pair[0], "seq": pair[1]},
+    "replayed": lambda pair: {"journal_id": pair[0], "sequence": pair[1]},
     "discarded": lambda triple: dict(zip(("incarnation", "collection", "key"), triple, strict=True)),
 }
 """Fields of a `Batch` whose items are no structs, each with what gives an item's values the names of their columns."""

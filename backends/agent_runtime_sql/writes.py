@@ -142,6 +142,7 @@ def batch_writes(insert: Insert, given: Given) -> Mapping[str, tuple[Write, ...]
     below = exists().where(messages.c.incarnation == to_purge["incarnation"], messages.c.seq <= to_purge["floor"])
     note = insert(purges, to_purge)
     note_below = insert(purges, {}).from_select(list(to_purge), select(*to_purge.values()).where(below))
+    replayed = given(journals, ("journal_id", "sequence"))
     touched = [name for name in Touch.__struct_fields__ if name != "incarnation"]
     return {
         "discharged": (Write(delete(quarantine).where(found(quarantine, "sequence"))),),
@@ -161,6 +162,16 @@ def batch_writes(insert: Insert, given: Given) -> Mapping[str, tuple[Write, ...]
         "documents": (Write(upserting(documents, DocumentRow)),),
         "outcomes": (Write(upserting(outcomes, OutcomeRow)),),
         "quarantined": (Write(inserting(quarantine, QuarantineRow)),),
+        "replayed": (
+            Write(
+                update(journals)
+                .where(
+                    journals.c.partition == _constant(journals, "partition"),
+                    journals.c.journal_id == replayed["journal_id"],
+                )
+                .values(sequence=replayed["sequence"])
+            ),
+        ),
     }
 
 

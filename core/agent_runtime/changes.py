@@ -24,6 +24,7 @@ __all__ = [
     "Coalescer",
     "Details",
     "EncodedMessage",
+    "Late",
     "Receipt",
     "Touch",
     "coalesce",
@@ -68,6 +69,17 @@ class Details(msgspec.Struct, frozen=True, omit_defaults=True):
     metadata: str
 
 
+class Late(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Where a change comes from that was overtaken: `sequence` is the one that it had in the journal `journal_id`.
+
+    `orphaned` says why it goes to quarantine at once: its session is not there any more.
+    """
+
+    journal_id: str
+    sequence: int
+    orphaned: str | None = None
+
+
 class Change(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One call's effect on one session.
 
@@ -75,7 +87,8 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=F
     `last_activity`, `message_count` and `next_seq` are the session's after it. The rest is what this call brought:
     `birth` creates, `floor` clears all messages up to it, `removed` names seqs, `messages` are encoded
     `records.Message`s in order of seq, `deleted` ends the incarnation. `resolves` is the sequence of the quarantined
-    change that this one replays; with `void` it drops that one, and has no effect of its own.
+    change that this one replays; with `void` it drops that one, and has no effect of its own. `late`: it brings in what
+    another journal had, which is dealt with up to there once this one is stored.
     """
 
     sequence: int
@@ -98,6 +111,12 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=F
     outcome: OutcomeRow | None = None
     resolves: int | None = None
     void: bool = False
+    late: Late | None = None
+
+    @property
+    def orphaned(self) -> str | None:
+        """Why this change goes to quarantine at once, by itself; None: it doesn't."""
+        return None if self.late is None else self.late.orphaned
 
 
 class Touch(msgspec.Struct, frozen=True):
@@ -139,6 +158,8 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     - `removed`: messages to delete, (incarnation, seq); `messages`: to insert, in order of (incarnation, seq)
     - `discarded`: documents to delete, (incarnation, collection, key); `documents`: to insert or replace
     - `outcomes`: to insert or replace (they outlive their session, until they expire); `quarantined`: to insert
+    - `replayed`: journals whose changes come in late, (journal id, sequence): the rows of those that are known move
+      there, whoever writes
 
     No row stands twice in one field.
     """
@@ -161,6 +182,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     documents: tuple[DocumentRow, ...] = ()
     outcomes: tuple[OutcomeRow, ...] = ()
     quarantined: tuple[QuarantineRow, ...] = ()
+    replayed: tuple[tuple[str, int], ...] = ()
 
     def receipt(self) -> Receipt:
         """The receipt of this batch, with the number of rows it writes."""
@@ -317,6 +339,7 @@ class Coalescer:
         self._rejecting: set[str] = set()
         self._quarantined: list[QuarantineRow] = []
         self._discharged: list[int] = []
+        self._replayed: dict[str, int] = {}
 
     def add(self, change: Change) -> None:
         """Add the next change of the log."""
@@ -326,7 +349,12 @@ class Coalescer:
         self._changes += 1
         if change.resolves is not None:
             self._discharged.append(change.resolves)
+        if change.late is not None:
+            self._replayed[change.late.journal_id] = change.late.sequence
         if change.void:
+            return
+        if change.orphaned is not None:
+            self._quarantine(change, change.orphaned)
             return
         error = self._rejected.get(change.sequence)
         if error is not None:
@@ -365,6 +393,7 @@ class Coalescer:
         fields["outcomes"].extend(self._outcomes.values())
         fields["quarantined"].extend(self._quarantined)
         fields["discharged"].extend(self._discharged)
+        fields["replayed"].extend(self._replayed.items())
         return Batch(
             after=self._after,
             last=self._last,

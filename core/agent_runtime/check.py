@@ -16,10 +16,11 @@ import msgspec
 from anyio.lowlevel import checkpoint
 
 from .changes import Change, decode_change
+from .directories import Found, overtaken_in
 from .errors import JournalError, JournalMismatch, StorageError
 from .journal import Directory, Frame, Gap, JournalFiles, read_directory
 from .journal.inspection import conflicts
-from .opening import Found, check_pairing
+from .opening import check_pairing
 from .quarantine import quarantine_rows
 from .rows import MessageRow, QuarantineRow, SessionRow
 from .storage import LeaseRow, SessionKey, Snapshot, Storage
@@ -189,6 +190,8 @@ class _Check:
         held: dict[str, _Held] = {}
         async for row in quarantine_rows(snapshot):
             self._checked.quarantined += 1
+            if self._is_orphan(row):
+                continue
             earlier = held.get(row.incarnation)
             self._check_quarantined(snapshot, row, earlier)
             if earlier is None:
@@ -198,6 +201,16 @@ class _Check:
         for incarnation, session in held.items():
             await self._check_held(snapshot, incarnation, session)
         return held
+
+    def _is_orphan(self, row: QuarantineRow) -> bool:
+        """Whether it came when its session had been deleted: it holds nobody."""
+        try:
+            orphaned = decode_change(row.change).orphaned
+        except msgspec.MsgspecError:
+            return False
+        if orphaned is not None:
+            self._tell(f"is in quarantine: {orphaned}", session_id=row.session_id, sequence=row.sequence)
+        return orphaned is not None
 
     def _check_quarantined(self, snapshot: Snapshot, row: QuarantineRow, earlier: _Held | None) -> None:
         problems: list[str] = []
@@ -247,7 +260,7 @@ class _Check:
         try:
             directory = None if files is None else read_directory(files, None if lease is None else lease.journal_id)
             self._check_holder(lease, directory)
-            if files is None or directory is None or not await self._pairs(snapshot, lease, directory):
+            if files is None or directory is None or not await self._pairs(snapshot, lease, files, directory):
                 return
             for sequence in conflicts(files, directory, snapshot.watermark):
                 self._tell("is in the journal twice, and differently", sequence=sequence)
@@ -268,17 +281,28 @@ class _Check:
                 "one holds comes back when it is opened"
             )
 
-    async def _pairs(self, snapshot: Snapshot, lease: LeaseRow | None, directory: Directory) -> bool:
+    async def _pairs(
+        self, snapshot: Snapshot, lease: LeaseRow | None, files: JournalFiles, directory: Directory
+    ) -> bool:
         """Whether journal and database belong together: by the rules by which they are opened."""
         if directory.journal_id is None or not directory.segments:
             return False
         row = await snapshot.journal(directory.journal_id)
         if row is not None and row.sequence > snapshot.watermark:
             self._tell(f"the journal is stored up to {row.sequence}, the database has all up to {snapshot.watermark}")
+        found = Found(snapshot.watermark, lease, row)
         try:
-            check_pairing(directory, Found(snapshot.watermark, lease, row), self._storage.abilities)
+            check_pairing(directory, found, self._storage.abilities)
         except JournalMismatch as error:
             self._tell(str(error))
+            return False
+        overtaken = overtaken_in(files, directory, found, self._storage.abilities)
+        if overtaken is not None and next(directory.frames(after=overtaken.stored), None) is not None:
+            self._tell(
+                f"the journal {directory.place} has changes {overtaken.stored + 1} to {directory.end} that the "
+                f"database lacks, and another runtime has written up to {found.watermark} since: they come in late when the "
+                "journal is opened"
+            )
             return False
         return True
 
@@ -301,6 +325,8 @@ class _Check:
             if change.resolves is not None and change.resolves not in quarantined:
                 problem = f"resolves change {change.resolves}, which is not in quarantine"
                 self._tell(problem, session_id=change.session_id, sequence=change.sequence)
+            if change.void or change.orphaned is not None:
+                continue
             before = await self._before(snapshot, change, last, held)
             if before is not None and change.previous not in before:
                 self._tell(

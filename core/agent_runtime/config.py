@@ -222,10 +222,10 @@ class LeaseSection(_Section):
     """The right to write."""
 
     duration_s: float = _key(10.0, "Seconds after which the lease of a silent holder may be taken.", ge=1)
-    unreachable: Literal["continue", "refuse"] = _later(
-        "continue", "With the database away: continue, or refuse writes."
+    unreachable: Literal["continue", "refuse"] = _key(
+        "continue", "What becomes of writes while the lease has expired because the database is away."
     )
-    wait: bool = _later(False, "Whether to wait for a lease that another runtime holds.")
+    wait: bool = _key(False, "Whether to wait for a lease that another runtime holds.")
 
 
 class RetentionSection(_Section):

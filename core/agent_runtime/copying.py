@@ -31,10 +31,11 @@ import anyio
 import msgspec
 
 from .changes import Batch
+from .directories import Found, holder_of, take
 from .errors import InvalidInput, JournalError, LeaseHeld, StorageFatal
 from .journal import JournalFiles, read_directory
 from .lease import LeaseKeeper, claim_of
-from .opening import Found, check_pairing, holder_of, take
+from .opening import check_pairing
 from .rows import OutcomeRow
 from .scan import Rows, Scan, TableSum
 from .storage import Claim, Grant, JournalRow, LeaseRow, SessionKey, Snapshot, Storage
@@ -215,9 +216,10 @@ async def _check_stored(storage: Storage, journal: JournalFiles | None, row: Lea
     async with storage.snapshot() as snapshot:
         known = None if directory.journal_id is None else await snapshot.journal(directory.journal_id)
     check_pairing(directory, Found(sequence, row, known), storage.abilities)
-    if next(directory.frames(after=sequence), None) is not None:
+    stored = sequence if known is None else known.sequence  # below `sequence` where another runtime has written since
+    if next(directory.frames(after=stored), None) is not None:
         raise JournalError(
-            f"the journal {journal.place} has changes {sequence + 1} to {directory.end} that the database lacks: open "
+            f"the journal {journal.place} has changes {stored + 1} to {directory.end} that the database lacks: open "
             "the database once, as `agent-runtime sessions list` does, which stores them; then copy it"
         )
 

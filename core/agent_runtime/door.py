@@ -82,7 +82,9 @@ class _Flight:
 
 
 class Door:
-    """What all handles share. `appends` has, by level, the seconds that calls took which appended messages."""
+    """What all handles share. `appends` has, by level, the seconds that calls took which appended messages. `guard` is
+    called before each write, and raises what refuses it.
+    """
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class Door:
         durability: Durability,
         durability_timeout_s: float,
         read_timeout_s: float,
+        guard: Callable[[], None] | None = None,
     ) -> None:
         self.durability = durability
         self.storage = storage
@@ -108,6 +111,7 @@ class Door:
         self._levels = levels
         self._durability_timeout_s = durability_timeout_s
         self._read_timeout_s = read_timeout_s
+        self._guard = guard
         self._flights: dict[str, _Flight] = {}
         self._creations: OrderedDict[str, OutcomeRow] = OrderedDict()
         self._turn = _TURN
@@ -219,13 +223,15 @@ class Door:
         request: Request[T] | None = None,
         fresh: bool = False,
         cold: bool = False,
+        held: bool = False,
     ) -> T:
         """Change a session: call `decide` with what there is under the id, and carry out the plan it returns.
 
         `decide` is synchronous and changes nothing; it may be called again when the state moved while the call waited.
         `scope` is where the idempotency key counts: the session's incarnation, or CREATION_SCOPE. `fresh`: the id was
         made for this call, so that the database need not be asked. `cold`: nobody has asked for the session, so that it
-        takes no other's place in memory.
+        takes no other's place in memory. `held`: also a session that is held takes it, and it queues behind what is in
+        quarantine.
         """
         level = self.level(durability)
         self._turn -= 1
@@ -238,6 +244,8 @@ class Door:
             while True:
                 if self._closed is not None:
                     raise again(self._closed)
+                if self._guard is not None:
+                    self._guard()
                 current = None if fresh else self.residents.find(session_id)
                 if isinstance(current, Unknown):
                     await self._load(session_id, cold=cold)
@@ -259,7 +267,7 @@ class Door:
                     if current is not None:  # what the result tells may not be at that level yet
                         await self._wait(current.sequence, level, plan.result)
                     return plan.result
-                if current is not None and current.held:
+                if current is not None and current.held and not held:
                     raise SessionHeld(session_id)
                 if request is not None:
                     change = self._with_outcome(change, scope, request, plan.result)

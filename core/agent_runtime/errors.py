@@ -264,7 +264,11 @@ class LeaseHeld(AgentRuntimeError):
     """Another runtime holds the right to write. `holder` says who; `address` is its server's URL, if it has one."""
 
     def __init__(self, holder: str, expires_in_s: float | None = None, address: str | None = None) -> None:
-        until = f", for {expires_in_s:.1f} s more unless renewed" if expires_in_s is not None else ""
+        until = ""
+        if expires_in_s is not None and expires_in_s > 0:
+            until = f", for {expires_in_s:.1f} s more unless renewed"
+        elif expires_in_s is not None:
+            until = f", whose lease expired {-expires_in_s:.1f} s ago"
         super().__init__(f"the database is in use by {holder}{until}")
         self.holder = holder
         self.expires_in_s = expires_in_s

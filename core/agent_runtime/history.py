@@ -9,6 +9,8 @@ results, or any other message alone.
   to the first.) It is shown in the group of its call, however late it came; results stay in the order of arrival.
 - A call without a result gets one that says "interrupted", behind those that came.
 - A tool message that belongs to no call is left out, and so is an empty list of tool calls.
+- A message that came in late (`Message.late`) stands behind what it did not know of: its calls and results belong to
+  late ones only, so that it never answers for another call with the same id.
 
 Because a result looks backwards to the *nearest* call, the groups that begin at or after some message are the same
 whether earlier messages are known or not. So a limited history needs a window of the newest messages only, to be
@@ -72,10 +74,11 @@ def groups(messages: Iterable[Message]) -> list[Group]:
     after it.
     """
     found: list[Group] = []
-    open_calls: dict[str, list[tuple[Group, dict[str, Any]]]] = {}  # by id; the one to be answered next stands last
+    # By lateness and id; the one to be answered next stands last.
+    open_calls: dict[tuple[bool, str], list[tuple[Group, dict[str, Any]]]] = {}
     for message in messages:
         if message.role == "tool":
-            waiting = open_calls.get(message.tool_call_id or "")
+            waiting = open_calls.get((message.late, message.tool_call_id or ""))
             if waiting:
                 group, call = waiting.pop()
                 group.results.append(message)
@@ -85,7 +88,7 @@ def groups(messages: Iterable[Message]) -> list[Group]:
         group = Group(message, [], list(calls))
         found.append(group)
         for call in reversed(calls):
-            open_calls.setdefault(call["id"], []).append((group, call))
+            open_calls.setdefault((message.late, call["id"]), []).append((group, call))
     return found
 
 

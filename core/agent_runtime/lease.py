@@ -2,25 +2,61 @@
 
 The epoch in the fence is what keeps two writers apart; time only decides when another one may try. So a lease that
 could not be renewed in time, because the database was away, is renewed when it is back, if nobody has taken it.
+
+Whoever waits for a lease asks for it again and again: a holder that has ended, or given it back, is succeeded within a
+second, one that has fallen silent when its lease has expired.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Final
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Final, TypeVar
 
 import anyio
 
-from .errors import LeaseLost
+from .errors import LeaseHeld, LeaseLost, StorageUnavailable
+from .identifiers import utc_now
 from .process import this_process
 from .storage import Claim, Grant, LeaseDesk
 
-__all__ = ["LeaseKeeper", "claim_of"]
+__all__ = ["LeaseKeeper", "claim_of", "patiently"]
 
 logger = logging.getLogger("agent_runtime.lease")
 
+T = TypeVar("T")
 _RENEWALS: Final = 3
 """How often a lease is renewed within its duration."""
+_POLL_S: Final = 1.0
+_POLL_LEAST_S: Final = 0.1
+
+
+async def patiently(attempt: Callable[[], Awaitable[T]], random: Callable[[], float]) -> T:
+    """Make attempts until one is not refused because another runtime has the lease, or the database is away.
+
+    The log names each holder that is waited for, once. `random` gives numbers from 0 to 1: many who wait for one holder
+    come one by one.
+    """
+    told: str | None = None
+    while True:
+        pause_s = _POLL_S
+        try:
+            return await attempt()
+        except LeaseHeld as held:
+            left_s = held.expires_in_s
+            if held.holder != told:
+                until = ""
+                if left_s is not None and left_s > 0:
+                    expiry = utc_now() + timedelta(seconds=left_s)
+                    until = f", until {expiry:%Y-%m-%d %H:%M:%S} UTC unless it renews"
+                logger.info("waiting for the lease: %s has it%s", held.holder, until)
+            told = held.holder
+            if left_s is not None and left_s > 0:
+                pause_s = min(pause_s, max(left_s, _POLL_LEAST_S))
+        except StorageUnavailable as error:
+            logger.warning("waiting for the lease: %s", error)
+        await anyio.sleep(pause_s * (1 + random() / 4))
 
 
 def claim_of(
@@ -62,13 +98,25 @@ class LeaseKeeper:
     async def acquire(self, claim: Claim) -> None:
         """Take the lease. To be called first.
 
+        Where the answer is lost, the lease may be ours already: so a claim that reclaims it is made once more.
+
         Raises:
             LeaseHeld: someone else has it.
             StorageError: the database can't be asked.
         """
         before = anyio.current_time()
-        self.grant = await self._desk.acquire(claim)
+        try:
+            self.grant = await self._desk.acquire(claim)
+        except StorageUnavailable:
+            if not claim.reclaims:
+                raise
+            self.grant = await self._desk.acquire(claim)
         self.expires_at = before + self._duration_s
+
+    @property
+    def expired(self) -> bool:
+        """Whether another runtime may have taken the lease, as far as this one knows."""
+        return anyio.current_time() >= self.expires_at
 
     async def run(self) -> None:
         """Renew until cancelled.

@@ -2,40 +2,30 @@
 
 The order: take the directory, read what the journal says of itself and what the database says of the journal, compare,
 take the lease, bring the database up to date, begin a new segment. A crash anywhere in between is healed by doing it
-all again. What does not belong together is refused, and left as it is.
+all again. What does not belong together is refused, and left as it is. What the journal has of changes that were
+overtaken comes in before that, under a lease of its own: until all is in, its row in the database stays with them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 from uuid import uuid4
 
 import anyio
 
 from .config import Config
-from .errors import ConfigError, JournalError, JournalMismatch, LeaseHeld
-from .filesystems import network_filesystem
-from .journal import Directory, JournalFiles, LocalFiles, read_directory
-from .lease import LeaseKeeper, claim_of
+from .directories import Found, Overtaken, Taken, Unfinished, ask, overtaken_in, take_directories
+from .errors import ConfigError, JournalMismatch
+from .journal import Directory, JournalFiles
+from .lease import LeaseKeeper, claim_of, patiently
 from .records import Durability
-from .storage import Abilities, JournalRow, LeaseRow, Storage
+from .storage import Abilities, LeaseRow, Storage
 
-__all__ = [
-    "Found",
-    "Identity",
-    "Opening",
-    "check_pairing",
-    "claimed",
-    "holder_of",
-    "journal_files",
-    "journal_place",
-    "levels_of",
-    "take",
-]
+__all__ = ["Identity", "Opening", "Replay", "check_pairing", "claimed", "levels_of"]
 
 logger: Final = logging.getLogger("agent_runtime.journal")
 
@@ -50,20 +40,17 @@ class Identity(NamedTuple):
     generation: int
 
 
+Replay: TypeAlias = Callable[[Overtaken, LeaseKeeper], Awaitable[None]]
+"""Brings in what was overtaken, under a lease that was taken without a journal."""
+
+
 class Opening(NamedTuple):
-    """A lease, and the journal that it was taken with: what its directory holds, and who it is. None: no journal."""
+    """A lease, and the journal that it was taken with, who that is from now on (None: no journal), and what is left."""
 
     lease: LeaseKeeper
-    directory: Directory | None
+    taken: Taken
     identity: Identity | None
-
-
-class Found(NamedTuple):
-    """What the database says."""
-
-    watermark: int
-    lease: LeaseRow | None
-    journal: JournalRow | None
+    unfinished: tuple[Unfinished, ...]
 
 
 def levels_of(config: Config, abilities: Abilities, *, journaled: bool) -> tuple[Sequence[Durability], Durability]:
@@ -85,40 +72,21 @@ def levels_of(config: Config, abilities: Abilities, *, journaled: bool) -> tuple
     raise ConfigError([f"write_behind.durability: {level} {reason}: use {' or '.join(levels)}"])
 
 
-def journal_place(config: Config, abilities: Abilities) -> Path | None:
-    """Where the journal would lie, whether it is switched on or not; None: nobody says."""
-    place = config.journal.directory or abilities.journal_directory
-    return None if place is None else Path(place).absolute()
-
-
-def journal_files(config: Config, abilities: Abilities) -> JournalFiles | None:
-    """The directory of the journal; None: there is none. One that is there is opened even where the journal is off.
-
-    Raises:
-        ConfigError: nobody said where it is to lie.
-    """
-    path = journal_place(config, abilities)
-    if path is not None:
-        if not config.journal.enabled and not path.is_dir():
-            return None
-        if filesystem := network_filesystem(path):
-            raise ConfigError(
-                [f"journal.directory: {path} lies on a network filesystem ({filesystem}): choose a local disk"]
-            )
-        return LocalFiles(path)
-    if not config.journal.enabled:
-        return None
-    if abilities.survives == "nothing" and config.origin("journal.enabled") == "default":
-        return None  # there is nothing that a journal could bring back
-    problem = "must be set for this database, to a directory on a local disk that outlives the process; or set"
-    raise ConfigError([f"journal.directory: {problem} journal.enabled to false, and a crash loses what is not stored"])
-
-
 @asynccontextmanager
 async def claimed(
-    config: Config, storage: Storage, files: JournalFiles | None, address: str | None
+    config: Config,
+    storage: Storage,
+    files: JournalFiles | None,
+    address: str | None,
+    *,
+    beside: Path | None,
+    replay: Replay,
+    random: Callable[[], float],
 ) -> AsyncIterator[Opening]:
     """Take the journal's directory and the lease, if they belong together; give both back at the end.
+
+    With `lease.wait` it waits until they can be had. `beside` is the default directory, if others may lie beside it.
+    `replay` brings in what our directory has of changes that were overtaken, before the journal goes on.
 
     Raises:
         LeaseHeld: another runtime has one of them.
@@ -126,44 +94,22 @@ async def claimed(
         JournalError: the directory can't be used.
         StorageError: the database can't be asked.
     """
-    try:
-        if files is not None and not take(files):
-            raise await holder_of(storage, files)
-        directory = None if files is None else read_directory(files)
-        identity = None if directory is None else _identity(config, directory)
-        lease = await _lease(config, storage, files, directory, identity, address)
+
+    async def attempt() -> Opening:
+        taken = await take_directories(storage, files, beside)
         try:
-            yield Opening(lease, directory, identity)
-        finally:
-            with anyio.move_on_after(_RELEASE_TIMEOUT_S, shield=True):
-                await lease.release()
-    finally:
-        if files is not None:
-            files.close()
+            return await _claim(config, storage, taken, address, replay)
+        except BaseException:
+            taken.close()
+            raise
 
-
-def take(files: JournalFiles) -> bool:
-    """Take the journal's directory; False: another process has it.
-
-    Raises:
-        JournalError: it can't be used.
-    """
+    opening = await (patiently(attempt, random) if config.lease.wait else attempt())
     try:
-        return files.lock()
-    except OSError as error:
-        raise JournalError(
-            f"the journal's directory {files.place} can't be used ({error.strerror}): make it writable for this user, "
-            "or name another one in journal.directory"
-        ) from error
-
-
-async def holder_of(storage: Storage, files: JournalFiles) -> LeaseHeld:
-    """The error that names who has the journal's directory, as far as the database knows."""
-    async with storage.snapshot() as snapshot:
-        row = await snapshot.lease()
-    if row is None or row.holder is None:
-        return LeaseHeld(f"another process, which has the journal {files.place}")
-    return LeaseHeld(row.holder, row.expires_in_s, row.address)
+        yield opening
+    finally:
+        with anyio.move_on_after(_RELEASE_TIMEOUT_S, shield=True):
+            await opening.lease.release()
+        opening.taken.close()
 
 
 def _identity(config: Config, directory: Directory) -> Identity | None:
@@ -172,45 +118,55 @@ def _identity(config: Config, directory: Directory) -> Identity | None:
     return Identity(directory.journal_id, directory.generation + 1)
 
 
-async def _lease(
-    config: Config,
-    storage: Storage,
-    files: JournalFiles | None,
-    directory: Directory | None,
-    identity: Identity | None,
-    address: str | None,
-) -> LeaseKeeper:
-    reclaims = files is not None and directory is not None and directory.identity == files.identity()
+async def _claim(config: Config, storage: Storage, taken: Taken, address: str | None, replay: Replay) -> Opening:
+    """The lease for the journal in the directory that was taken, once nothing in there is overtaken any more."""
+    files, directory = taken.files, taken.directory
+    identity = None if directory is None else _identity(config, directory)
+    # A journal that is begun now is ours alone; another one is, unless it is a copy.
+    ours = directory is not None and (
+        directory.journal_id is None or (files is not None and directory.identity == files.identity())
+    )
     while True:
-        found = await _ask(storage, identity)
+        found = await ask(storage, None if identity is None else identity.journal_id)
         if directory is not None:
             check_pairing(directory, found, storage.abilities)
-        claim = claim_of(config.lease.duration_s, address, identity, reclaims=reclaims)
+        overtaken = None
+        if files is not None and directory is not None:
+            overtaken = overtaken_in(files, directory, found, storage.abilities)
+        claim = claim_of(config.lease.duration_s, address, None if overtaken else identity, reclaims=ours)
         lease = LeaseKeeper(storage.leases, claim.duration_s)
         await lease.acquire(claim)
-        if lease.grant.sequence == found.watermark:
-            return lease
-        await lease.release()  # somebody wrote between the question and the grant: what was compared is no longer so
+        try:
+            if lease.grant.sequence == found.watermark:
+                if overtaken is None:
+                    unfinished = [*taken.unfinished, *_left_by(found.lease, taken)]
+                    return Opening(lease, taken, identity, tuple(unfinished))
+                await replay(overtaken, lease)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await lease.release()
+            raise
+        await lease.release()  # what was compared is no longer so
 
 
-async def _ask(storage: Storage, identity: Identity | None) -> Found:
-    async with storage.snapshot() as snapshot:
-        row = None if identity is None else await snapshot.journal(identity.journal_id)
-        return Found(snapshot.watermark, await snapshot.lease(), row)
+def _left_by(lease: LeaseRow | None, taken: Taken) -> Iterator[Unfinished]:
+    """The journal of the last holder, if that did not stop in order, and its journal is not here."""
+    if lease is None or lease.holder is None or lease.journal_id is None:
+        return
+    if lease.journal_id not in taken.journal_ids:
+        logger.warning(
+            "%s did not stop in order and kept the journal %s: what it had not stored comes back when that one is "
+            "opened",
+            lease.holder,
+            lease.journal_id,
+        )
+        yield Unfinished(journal_id=lease.journal_id, holder=lease.holder)
 
 
 def check_pairing(directory: Directory, found: Found, abilities: Abilities) -> None:
     """Refuse a journal that is not this database's, or a database that is not this journal's."""
     row, lease = found.journal, found.lease
     if directory.journal_id is None:
-        if lease is not None and lease.holder is not None and lease.journal_id is not None:
-            logger.warning(
-                "%s did not stop in order and kept the journal %s, not the one at %s: what it had not stored comes "
-                "back when that one is opened",
-                lease.holder,
-                lease.journal_id,
-                directory.place,
-            )
         return
     if abilities.survives != "nothing":
         database_id = None if lease is None else lease.database_id
@@ -222,12 +178,6 @@ def check_pairing(directory: Directory, found: Found, abilities: Abilities) -> N
                 directory,
                 f"is an old copy: it is of generation {directory.generation}, the database knows generation "
                 f"{row.generation} of it",
-            )
-        if row is not None and row.sequence < min(found.watermark, directory.end):
-            raise _mismatch(
-                directory,
-                f"has changes {row.sequence + 1} to {directory.end} that the database lacks, and another runtime has "
-                f"written up to {found.watermark} since",
             )
     if directory.first_retained is not None and found.watermark + 1 < directory.first_retained:
         raise _mismatch(

@@ -3,6 +3,9 @@
 A session with a change in quarantine is held: its later changes queue behind it, reads show all of them, writes are
 refused. Replaying puts the changes back at the end of the log, in order, under new sequences; the batch that stores
 them takes the old ones out of quarantine. Dropping gives up the rejected change and lets the rest through.
+
+Orphans are changes that came in late, when their session had been deleted. They hold nobody, no read sees them, and
+they can only be dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import msgspec
 from .budget import CHANGE_BYTES, Budget
 from .changes import Change, decode_change, encode_change
 from .door import Door
-from .errors import SessionHeld, SessionNotFound
+from .errors import InvalidInput, SessionHeld, SessionNotFound
 from .log import Log
 from .residents import OUTCOMES_MAX, Resident, Residents
 from .rows import QuarantineRow, SessionRow
@@ -117,6 +120,12 @@ class Quarantine:
         self._budget = budget
         self._residents = residents
         self._scheduler = scheduler
+        self._orphans: Counter[str] = Counter()
+
+    @property
+    def orphans(self) -> int:
+        """How many changes are here whose session was deleted."""
+        return self._orphans.total()
 
     async def restore(self) -> int:
         """At open: bring every held session into memory. Returns how many changes there are."""
@@ -125,7 +134,12 @@ class Quarantine:
             held: dict[str, list[Change]] = {}
             sizes: Counter[str] = Counter()
             async for row in quarantine_rows(snapshot):
-                held.setdefault(row.incarnation, []).append(decode_change(row.change))
+                change = decode_change(row.change)
+                if change.orphaned is not None:
+                    self._orphans[change.session_id] += 1
+                    count += 1
+                    continue
+                held.setdefault(row.incarnation, []).append(change)
                 sizes[row.incarnation] += CHANGE_BYTES + len(row.change)
             for incarnation, changes in held.items():
                 head = await snapshot.head(changes[0].session_id, outcomes_max=OUTCOMES_MAX)
@@ -155,8 +169,11 @@ class Quarantine:
 
         Raises:
             SessionNotFound: nothing of this session is in quarantine.
+            InvalidInput: only changes are that came when the session had been deleted.
             Quarantined: the database refuses a change again.
         """
+        if self._orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
+            raise InvalidInput("session", f"{session_id!r} was deleted before these changes came: they can be dropped")
         resident = await self._held(session_id)
         changes = self._resequence(resident.sequence, resident.held)
         self._resubmit(resident, changes)
@@ -167,11 +184,15 @@ class Quarantine:
         """Give up the session's rejected change, let the ones behind it through. Returns how many those are.
 
         When the rejected change is the session's creation, there is nothing for the others to go to: all are given up.
+        So are those that came when the session had been deleted.
 
         Raises:
             SessionNotFound: nothing of this session is in quarantine.
             Quarantined: the database refuses another one.
         """
+        if self._orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
+            await self._drop_orphans(session_id)
+            return 0
         resident = await self._held(session_id)
         async with self._door.view(resident) as snapshot:
             rows = _of(resident.incarnation, await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX))
@@ -198,6 +219,31 @@ class Quarantine:
         self._budget.release(held_bytes)
         await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
         return left
+
+    def settle(self, change: Change) -> None:
+        """Put a change into the log that belongs to no session that is there: void, or an orphan."""
+        size = self._accept([change])[0]
+        if change.orphaned is None:
+            self._scheduler.add(Pending(change, None, size))
+        else:
+            self._orphans[change.session_id] += 1
+            self._scheduler.orphan(change, size)
+
+    async def _drop_orphans(self, session_id: str) -> None:
+        self._door.check_open()
+        await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
+        async with self._door.view(None) as snapshot:
+            found = [
+                decode_change(row.change) async for row in quarantine_rows(snapshot) if row.session_id == session_id
+            ]
+        orphans = [change for change in found if change.orphaned is not None]
+        self._door.check_open()
+        if not orphans or not self._orphans.pop(session_id, 0):
+            raise SessionNotFound(session_id)
+        dropped = [msgspec.structs.replace(change, void=True, late=None) for change in orphans]
+        for change in (changes := self._resequence(0, dropped)):
+            self.settle(change)
+        await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
 
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""

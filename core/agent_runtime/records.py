@@ -13,6 +13,7 @@ import msgspec
 
 __all__ = [
     "DEFAULT_AGENT",
+    "LATE",
     "ROLES",
     "AgentContext",
     "AgentSwitch",
@@ -36,6 +37,12 @@ DEFAULT_AGENT: Final = "orchestrator"
 """Who holds a session at first, unless told otherwise."""
 Time: TypeAlias = Annotated[datetime, msgspec.Meta(tz=True)]
 """A time with a time zone, which is UTC in what the runtime gives."""
+LATE: Final = "agent_runtime_late"
+"""The key of a message's metadata that marks it as late: `{"seq": 57}`, the seq under which it was acknowledged.
+
+Such a message was acknowledged by a runtime that lost its lease before it was stored, and came in when another had
+appended to the session.
+"""
 Item = TypeVar("Item")
 
 
@@ -74,6 +81,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     metadata: dict[str, Any] | None = None
     extra: dict[str, Any] | None = None
     created_at: Time
+
+    @property
+    def late(self) -> bool:
+        """Whether the message came in late: see `LATE`."""
+        return self.metadata is not None and LATE in self.metadata
 
     def to_chat(self) -> dict[str, Any]:
         """The message in chat format: role, content, and what is set of name, tool_calls, tool_call_id and `extra`."""

@@ -200,6 +200,8 @@ class _Recovery:
 
         So it may be where a recovery died that knew of a gap below what it had stored; this one can't see it any more.
         """
+        if change.void or change.orphaned is not None:
+            return False
         if not self._directory.unused or change.previous > self._start or change.birth or change.resolves:
             return False
         async with self._storage.snapshot() as snapshot:

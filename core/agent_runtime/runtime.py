@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -22,6 +22,7 @@ import msgspec
 from .archives import Archives
 from .budget import Budget
 from .config import Config, redact_url
+from .directories import Overtaken, Unfinished, journal_files, journal_place
 from .door import CREATION_SCOPE, Door, Plan
 from .durations import duration
 from .errors import (
@@ -38,9 +39,10 @@ from .flushes import FlushLog
 from .identifiers import Identifiers, utc_now
 from .journal import Journal, JournalFiles
 from .keeper import JournalKeeper
+from .late import LateReplay
 from .lease import LeaseKeeper
 from .log import Log
-from .opening import claimed, journal_files, levels_of
+from .opening import claimed, levels_of
 from .plans import MESSAGE_BYTES_MAX, TITLE_CHARS_MAX, NewSession, Planner
 from .plugins import PluginManager
 from .quarantine import Quarantine
@@ -73,6 +75,7 @@ class Runtime:
         sequence: int,
         budget: Budget,
         journal: Journal | None,
+        unfinished: Iterable[Unfinished] = (),
         generator: random.Random,
     ) -> None:
         write_behind = config.write_behind
@@ -118,6 +121,7 @@ class Runtime:
             durability=durability,
             durability_timeout_s=write_behind.durability_timeout_s,
             read_timeout_s=config.storage.read_timeout_s,
+            guard=self._check_lease if config.lease.unreachable == "refuse" else None,
         )
         self._planner = Planner(sequence=lambda: self._log.next, identifiers=identifiers, now=utc_now)
         self._reads = Reads(self._door, tail_messages=config.residents.tail_messages)
@@ -136,6 +140,7 @@ class Runtime:
             bytes_max=write_behind.pending_bytes_max,
         )
         self._lease = lease
+        self._unfinished = tuple(unfinished)
         self._lease_scope = anyio.CancelScope(shield=True)
         self._journal_scope = anyio.CancelScope()
         self._flush_log_scope = anyio.CancelScope()
@@ -336,6 +341,8 @@ class Runtime:
             journal=None if self._journal is None else self._journal.journal,
             door=self._door,
             fenced=self._fenced,
+            orphans=self._quarantine.orphans,
+            unfinished=self._unfinished,
         )
 
     async def wait_fenced(self) -> None:
@@ -349,9 +356,20 @@ class Runtime:
 
     # Start and stop
 
+    def _check_lease(self) -> None:
+        """With `lease.unreachable: refuse`: what is written while another may have taken over could come in late."""
+        if self._lease.expired:
+            raise StorageUnavailable(
+                "the lease has expired and can't be renewed, as the database is away: nothing was changed (this is "
+                "lease.unreachable: refuse)"
+            )
+
     @asynccontextmanager
-    async def _serve(self) -> AsyncIterator[None]:
-        """Serve until the block is left; then drain. The block's own error comes out as it is."""
+    async def _serve(self, overtaken: Sequence[Overtaken] = (), *, ours: bool = False) -> AsyncIterator[None]:
+        """Serve until the block is left; then drain. The block's own error comes out as it is.
+
+        Before anything is served, what these journals have comes in. With `ours` that is all.
+        """
         restored = await self._quarantine.restore()
         if restored:
             logger.warning("%d change(s) are in quarantine; their sessions are held", restored)
@@ -366,8 +384,17 @@ class Runtime:
             if (max_idle := self.config.retention.max_idle) is not None:
                 tasks.start_soon(self._run_retention, duration(max_idle))
             try:
+                for each in overtaken:
+                    await LateReplay(
+                        each,
+                        door=self._door,
+                        log=self._log,
+                        reads=self._reads,
+                        quarantine=self._quarantine,
+                        flush=self.flush,
+                    ).run(ours=ours)
                 async with AsyncExitStack() as lifespans:
-                    for plugin, lifespan in self.plugins.lifespans(self):
+                    for plugin, lifespan in () if ours else self.plugins.lifespans(self):
                         try:
                             await lifespans.enter_async_context(lifespan)
                         except Exception as error:
@@ -472,12 +499,42 @@ async def open_runtime(
     manager = PluginManager(disabled=config.plugins.disabled)
     manager.load(plugins)
     async with _database(manager, config) as storage:
-        files = files or journal_files(config, storage.abilities)
+        beside = None
+        if files is None:
+            files = journal_files(config, storage.abilities)
+            if config.journal.directory is None:
+                beside = journal_place(config, storage.abilities)
         levels_of(config, storage.abilities, journaled=files is not None and config.journal.enabled)
-        async with claimed(config, storage, files, address) as (lease, directory, identity), AsyncExitStack() as stack:
+
+        async def replay(overtaken: Overtaken, lease: LeaseKeeper) -> None:
+            """As a runtime without a journal, which nobody uses: the overtaken one keeps what is not stored."""
+            stored = config.write_behind.model_copy(update={"durability": "stored"})
+            runtime = Runtime(
+                config.model_copy(update={"write_behind": stored}),
+                storage,
+                lease,
+                manager,
+                sequence=lease.grant.sequence,
+                budget=_budget(config),
+                journal=None,
+                generator=generator,
+            )
+            async with runtime._serve([overtaken], ours=True):
+                pass
+
+        async with (
+            claimed(config, storage, files, address, beside=beside, replay=replay, random=generator.random) as (
+                lease,
+                taken,
+                identity,
+                unfinished,
+            ),
+            AsyncExitStack() as stack,
+        ):
             budget = _budget(config)
             sequence = lease.grant.sequence
             journal = None
+            files, directory = taken.files, taken.directory
             if files is not None and directory is not None and identity is not None:
                 await directory.cut_torn_tails()
                 # The new generation must stand in the journal before the first batch confirms it in the database.
@@ -511,9 +568,17 @@ async def open_runtime(
                         await journal.finish(sequence)
                     journal = None
             runtime = Runtime(
-                config, storage, lease, manager, sequence=sequence, budget=budget, journal=journal, generator=generator
+                config,
+                storage,
+                lease,
+                manager,
+                sequence=sequence,
+                budget=budget,
+                journal=journal,
+                unfinished=unfinished,
+                generator=generator,
             )
-            async with runtime._serve():
+            async with runtime._serve(taken.overtaken):
                 yield runtime
 
 

@@ -36,6 +36,7 @@ from .errors import (
     JournalCorrupt,
     LeaseLost,
     SequenceMismatch,
+    SessionNotFound,
     StorageError,
     StorageFatal,
 )
@@ -178,6 +179,12 @@ class Scheduler:
             self._wake.set()
         elif len(waiting) == self._options.batch_changes or self._pending_bytes * 2 > self._budget.bytes_max:
             self._wake.set()
+
+    def orphan(self, change: Change, size: int) -> None:
+        """As `add`, for a change that goes to quarantine by itself: its session is not there any more."""
+        self.figures.quarantined += 1
+        self._observers.change_quarantined(change, SessionNotFound(change.session_id))
+        self.add(Pending(change, None, size))
 
     def stop(self) -> None:
         """From now on flush without waiting, and end when everything is stored."""

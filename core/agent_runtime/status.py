@@ -8,6 +8,7 @@ import anyio
 import msgspec
 
 from .budget import Budget
+from .directories import Unfinished
 from .door import Door
 from .errors import LeaseLost
 from .histograms import Histogram
@@ -77,10 +78,11 @@ class ResidentsStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QuarantineStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Sessions that are held, and the changes of theirs in quarantine."""
+    """Sessions that are held, the changes of theirs in quarantine, and others whose session was deleted (orphans)."""
 
     sessions: int
     changes: int
+    orphans: int
 
 
 class LeaseStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +110,8 @@ class JournalStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """All figures. `durability` is the level that a call waits for unless it names one. `state` is degraded while
     batches fail, for now or for a reason that does not go away by itself. `appends` has the seconds, by level, that
-    calls took which appended messages.
+    calls took which appended messages. `unfinished` names journals that may have changes which come in late, once they
+    are opened.
     """
 
     state: State
@@ -121,6 +124,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     quarantine: QuarantineStatus
     lease: LeaseStatus
     journal: JournalStatus | None
+    unfinished: tuple[Unfinished, ...]
     pool: PoolFigures
 
 
@@ -135,6 +139,8 @@ def status_of(
     journal: Journal | None,
     door: Door,
     fenced: LeaseLost | None,
+    orphans: int,
+    unfinished: tuple[Unfinished, ...],
 ) -> Status:
     """The figures of this moment."""
     flush = _flush_status(scheduler.figures)
@@ -161,13 +167,16 @@ def status_of(
             misses=residents.misses,
             evictions=residents.evictions,
         ),
-        quarantine=QuarantineStatus(sessions=len(held), changes=sum(len(resident.held) for resident in held)),
+        quarantine=QuarantineStatus(
+            sessions=len(held), changes=sum(len(resident.held) for resident in held), orphans=orphans
+        ),
         lease=LeaseStatus(
             epoch=lease.grant.fence.epoch,
             expires_in_s=lease.expires_at - anyio.current_time(),
             unreachable=lease.unreachable,
         ),
         journal=None if journal is None else _journal_status(journal),
+        unfinished=unfinished,
         pool=storage.figures(),
     )
 

@@ -9,7 +9,7 @@ import typer
 
 from ..check import Checked, Finding, check
 from ..config import Config
-from ..opening import journal_place
+from ..directories import journal_place
 from ..storage import Storage
 from .exits import FAILED, Failure
 from .options import AsJson, ConfigFile, StorageUrl, load

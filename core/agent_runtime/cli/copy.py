@@ -15,9 +15,9 @@ from anyio.abc import TaskStatus
 
 from ..config import Config
 from ..copying import Copied, Progress, Source, copy, quiet
+from ..directories import journal_place
 from ..errors import InvalidInput, LeaseHeld
 from ..journal import JournalFiles, LocalFiles
-from ..opening import journal_place
 from ..plugins import PluginManager
 from ..storage import Storage, StorageConfig
 from .exits import SIGNALLED, Failure

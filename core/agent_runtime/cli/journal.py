@@ -12,11 +12,11 @@ import msgspec
 import typer
 
 from ..config import Config
+from ..directories import journal_place
 from ..errors import StorageError
 from ..journal import read_directory
 from ..journal.inspection import DamageFound, Inspection, SegmentFound, inspect
 from ..journal.still import StillFiles
-from ..opening import journal_place
 from ..storage import Storage
 from .exits import Failure
 from .options import AsJson, ConfigFile, StorageUrl, load

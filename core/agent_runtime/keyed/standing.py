@@ -109,6 +109,9 @@ def advanced(standing: Standing | None, batch: Batch, fence: Fence) -> Standing:
             **journals,
             fence.journal_id: replace(row, sequence=batch.last, previous_generation=row.generation),
         }
+    for journal_id, sequence in batch.replayed:
+        if (row := journals.get(journal_id)) is not None:
+            journals = {**journals, journal_id: replace(row, sequence=sequence)}
     return replace(before, sequence=batch.last, journals=journals)
 
 

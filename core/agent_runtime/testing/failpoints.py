@@ -27,7 +27,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn, TypeVar
 
-from agent_runtime import opening
+from agent_runtime import directories
 from agent_runtime.changes import Batch
 from agent_runtime.journal import JournalFiles, LocalFiles, SegmentFile
 from agent_runtime.plugins import PluginManager
@@ -194,7 +194,7 @@ def install(failpoint: Failpoint) -> None:
         return _wrapped(storage_for(manager, url), failpoint)
 
     seams: list[tuple[object, str, object]] = [
-        (opening, "LocalFiles", files_at),
+        (directories, "LocalFiles", files_at),
         (PluginManager, "storage_for", factory_for),
     ]
     for owner, name, replacement in seams:

@@ -1,0 +1,478 @@
+"""Late replay: what a journal still has when another runtime has written to the database since.
+
+A runtime that loses its lease keeps its journal, with changes that were acknowledged and are not stored. When the
+journal is opened again they come in through the ordinary door, as new changes of the log, each against the state that
+it finds:
+
+- A message keeps its id. It keeps its seq too, if nobody has appended to the session since: then nothing is late. Else
+  it goes to the end, under a new seq, marked as late (`records.LATE`).
+- A call whose idempotency key is known was repeated elsewhere: its change is dropped. If it created a session, what
+  follows goes to the one that the repetition created.
+- What a later change of the journal removes does not come in at all. Removals otherwise touch what they saw: messages
+  that were stored when the journal was overtaken, documents that are no newer. A session that was changed since is not
+  deleted, but cleared of those.
+- Contexts and documents that are older than what is there are dropped; of details that are, only those come in that
+  nobody has given since.
+- Changes of a session that was deleted since go to quarantine, as orphans: they hold nobody. A session that was
+  created under an id that another has taken since is joined to that one.
+
+Each change names the place that it had (`Change.late`), and the batch that stores it moves the row of its journal there.
+So replay may be killed anywhere and run again. For what it must know of the whole journal it notes, in a file of its
+own, how far the journal was stored when it was overtaken; a later run looks at the same changes as the first one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+from anyio.lowlevel import checkpoint
+from msgspec import Raw
+from msgspec.structs import replace
+
+from .changes import Change, Details, EncodedMessage, Late, decode_change
+from .directories import Overtaken
+from .door import CREATION_SCOPE, Door, Plan
+from .errors import JournalCorrupt, JournalError, Overloaded, Quarantined, StorageUnavailable
+from .journal import Frame
+from .journal.headers import number_of, segment_name
+from .log import Log
+from .quarantine import Quarantine
+from .reads import Reads
+from .records import LATE
+from .residents import Resident
+from .rows import DocumentRow, OutcomeRow
+
+__all__ = ["MARK", "LateReplay"]
+
+logger: Final = logging.getLogger("agent_runtime.journal")
+
+MARK: Final = "overtaken"
+_CHANGES_PER_TURN: Final = 50
+_PAGE: Final = 1000
+_MARK_BYTES_MAX: Final = 4096
+_decode_message: Final = msgspec.json.Decoder(EncodedMessage).decode
+_decode_created: Final = msgspec.json.Decoder(tuple[str, str]).decode
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    """What the file says: the journal was stored up to `stored`, and ended at `end`, when it was overtaken."""
+
+    journal: str
+    stored: int
+    end: int
+
+
+class _Story(msgspec.Struct):
+    """What the journal tells of a session: what it had stored (`base`, a seq), and what becomes of the rest."""
+
+    base: int
+    born: bool
+    key: str | None
+    floor: int = 0
+    removed: set[int] = msgspec.field(default_factory=set)
+
+    def gone(self, seq: int) -> bool:
+        """Whether a message that was not stored is removed later on."""
+        return seq <= self.floor or seq in self.removed
+
+
+class LateReplay:
+    """Brings in the changes of one journal that was overtaken. Its directory is locked, and nobody else writes."""
+
+    def __init__(
+        self,
+        overtaken: Overtaken,
+        *,
+        door: Door,
+        log: Log,
+        reads: Reads,
+        quarantine: Quarantine,
+        flush: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._files = overtaken.files
+        self._directory = overtaken.directory
+        self._journal_id = overtaken.journal_id
+        self._done = overtaken.stored
+        self._door = door
+        self._log = log
+        self._reads = reads
+        self._quarantine = quarantine
+        self._flush = flush
+        self._stories: dict[str, _Story] = {}
+        self._orphans = 0
+
+    async def run(self, *, ours: bool) -> None:
+        """Bring in everything. `ours`: the journal goes on after this; else it is empty then.
+
+        Raises:
+            StorageError: the database can't be used; the journal keeps what is left.
+            JournalError: it can't be read.
+            LeaseLost: another runtime has taken over.
+        """
+        end = self._directory.end
+        base = await self._begin(end)
+        if ours:
+            self._log.next = max(self._log.next, end + 1)
+        async for change in self._changes(base):
+            self._note(change)
+        count = 0
+        async for change in self._changes(self._done):
+            await self._bring(change)
+            count += 1
+        if count or ours:
+            await self._finish(end)
+        if count:
+            logger.warning(
+                "%d change(s) of the journal %s came in late, %d of them went to quarantine: their sessions are deleted",
+                count,
+                self._directory.place,
+                self._orphans,
+            )
+        await self._tidy(ours=ours)
+
+    # The journal
+
+    async def _begin(self, end: int) -> int:
+        """How far the journal was stored when it was overtaken; noted on the disk before anything comes in."""
+        try:
+            names = self._files.names()
+            if MARK in names:
+                with self._files.read(MARK) as file:
+                    data = file.read(_MARK_BYTES_MAX)
+                try:
+                    mark = msgspec.json.decode(data, type=_Mark)
+                except msgspec.MsgspecError:
+                    mark = None  # a crash came before it was whole, and so before anything else
+                if mark is not None and (mark.journal, mark.end) == (self._journal_id, end):
+                    return mark.stored
+                self._files.unlink(MARK)
+            file_ = self._files.create(MARK)
+            try:
+                data = msgspec.json.encode(_Mark(self._journal_id, self._done, end)) + b"\n"
+                if file_.write(data) != len(data):
+                    raise JournalError(f"could not write {MARK} in {self._directory.place}: the disk is full")
+                await file_.sync()
+            finally:
+                file_.close()
+            await self._files.sync_directory()
+        except OSError as error:
+            raise JournalError(
+                f"could not write {MARK} in {self._directory.place}: {error.strerror or error}"
+            ) from error
+        return self._done
+
+    async def _changes(self, after: int) -> AsyncIterator[Change]:
+        """What the journal has above a sequence. What replays or drops something of the quarantine is left there."""
+        for number, item in enumerate(self._directory.frames(after=after), 1):
+            if number % _CHANGES_PER_TURN == 0:
+                await checkpoint()
+            if not isinstance(item, Frame):
+                logger.error("change(s) %d to %d of the journal %s are lost by damage", *item, self._directory.place)
+                continue
+            try:
+                change = decode_change(item.payload)
+            except msgspec.MsgspecError as error:
+                raise JournalCorrupt(
+                    f"change {item.sequence} of the journal {self._directory.place} is whole, but can't be read: it was "
+                    "written by another version of agent-runtime, which is to open it"
+                ) from error
+            if change.resolves is None and not change.void:
+                yield change
+
+    def _note(self, change: Change) -> None:
+        """Take a change into the story of its session."""
+        story = self._stories.get(change.incarnation)
+        if story is None:
+            first = _decode_message(change.messages[0]).seq if change.messages else change.next_seq
+            outcome = change.outcome
+            story = self._stories[change.incarnation] = _Story(
+                base=first - 1,
+                born=change.birth is not None,
+                key=None if change.birth is None or outcome is None else outcome.key,
+            )
+        story.removed.update(change.removed)
+        if change.floor is not None:
+            story.floor = max(story.floor, change.floor)
+        if change.deleted:
+            story.floor = change.next_seq - 1
+
+    async def _finish(self, end: int) -> None:
+        """When all is stored, the journal's row says so, and stands where the database does if the journal is ours."""
+        sequence = self._log.next
+        self._quarantine.settle(
+            Change(
+                sequence=sequence,
+                previous=0,
+                session_id="",
+                incarnation="",
+                last_activity=self._door.now(),
+                message_count=0,
+                next_seq=1,
+                void=True,
+                late=Late(self._journal_id, max(sequence, end)),
+            )
+        )
+        await self._store()
+
+    async def _store(self) -> None:
+        """Wait until all that came in is stored; some of it in quarantine."""
+        with contextlib.suppress(Quarantined):
+            await self._flush()
+
+    async def _tidy(self, *, ours: bool) -> None:
+        try:
+            for name in sorted(self._files.names()):
+                if name == MARK or (not ours and number_of(name) and name == segment_name(number_of(name))):
+                    self._files.unlink(name)
+            await self._files.sync_directory()
+        except OSError as error:
+            raise JournalError(f"could not clear {self._directory.place}: {error.strerror or error}") from error
+
+    # Changes
+
+    async def _bring(self, change: Change) -> None:
+        """One change, against what there is now."""
+        story = self._stories[change.incarnation]
+        if change.outcome is not None and await self._outcome(change.outcome.scope, change.outcome.key):
+            return
+        current = await self._door.locate(change.session_id)
+        if change.birth is not None and current is None:
+            await self._write(change.session_id, lambda _: self._reborn(change, story))
+            return
+        if current is None or current.incarnation != change.incarnation:
+            current = await self._joined(change, story)
+            if current is None:
+                self._orphan(change)
+                return
+            if change.outcome is not None and await self._outcome(current.incarnation, change.outcome.key):
+                return
+        found = await self._found(change, story, current)
+        await self._write(current.session_id, lambda resident: self._rebuilt(change, story, found, resident))
+
+    async def _outcome(self, scope: str, key: str) -> OutcomeRow | None:
+        async with self._door.view(None) as snapshot:
+            return await snapshot.outcome(scope, key)
+
+    async def _joined(self, change: Change, story: _Story) -> Resident | None:
+        """The session that has taken the place of one which only this journal knew; None: there is none."""
+        if not story.born or change.deleted:
+            return None
+        session_id = change.session_id
+        outcome = None if story.key is None else await self._outcome(CREATION_SCOPE, story.key)
+        if outcome is not None:
+            session_id, _ = _decode_created(outcome.outcome)
+        return await self._door.locate(session_id)
+
+    async def _write(self, session_id: str, build: Callable[[Resident | None], Change | None]) -> None:
+        """Put what `build` makes of the session into the log."""
+
+        def decide(current: Resident | None) -> Plan[None]:
+            return Plan(build(current), None)
+
+        while True:
+            try:
+                return await self._door.write(session_id, CREATION_SCOPE, decide, durability="buffered", held=True)
+            except Overloaded:
+                await self._store()
+
+    def _orphan(self, change: Change) -> None:
+        """Its session was deleted. What only deletes it has nothing to do."""
+        if change.deleted:
+            return
+        self._orphans += 1
+        reason = "came in late: its session had been deleted"
+        late = Late(self._journal_id, change.sequence, reason)
+        self._quarantine.settle(replace(change, sequence=self._log.next, previous=0, late=late))
+
+    def _reborn(self, change: Change, story: _Story) -> Change:
+        """A session that nobody knows: as it was, without what is removed later on."""
+        messages = tuple(raw for raw in change.messages if not story.gone(_decode_message(raw).seq))
+        sequence = self._log.next
+        outcome = change.outcome
+        return replace(
+            change,
+            sequence=sequence,
+            messages=messages,
+            message_count=len(messages),
+            outcome=None if outcome is None else replace(outcome, sequence=sequence),
+            late=Late(self._journal_id, change.sequence),
+        )
+
+    async def _found(self, change: Change, story: _Story, current: Resident) -> _Found:
+        """What of a change still has its place, as far as the database must be asked."""
+        found = _Found()
+        place = current.session_id, current.incarnation
+        if current.incarnation == change.incarnation:
+            for seq in change.removed:
+                if seq <= story.base and await self._reads.message(*place, seq) is not None:
+                    found.removed.append(seq)
+            floor = change.next_seq - 1 if change.deleted else change.floor
+            if floor is not None:
+                found.floor = min(floor, story.base)
+                found.left = await self._count_above(current, found.floor)
+        for row in change.documents:
+            there, _ = await self._reads.document_row(*place, row.collection, row.key)
+            if there is None or there.updated_at <= row.updated_at:
+                found.documents.append(replace(row, incarnation=current.incarnation))
+        for collection, key in change.discarded:
+            there, _ = await self._reads.document_row(*place, collection, key)
+            if there is not None and there.updated_at <= change.last_activity:
+                found.discarded.append((collection, key))
+        return found
+
+    async def _count_above(self, current: Resident, floor: int) -> int:
+        """How many messages there are behind a seq."""
+        count, after = 0, floor
+        while True:
+            page = await self._reads.messages(
+                current.session_id, current.incarnation, after=after, limit=_PAGE, order="asc"
+            )
+            count += len(page.items)
+            if page.next is None:
+                return count
+            after = page.next
+
+    def _rebuilt(self, change: Change, story: _Story, found: _Found, current: Resident | None) -> Change | None:
+        """The change as it is on top of what there is now; None: nothing is left of it."""
+        if current is None:
+            raise StorageUnavailable(f"the session {change.session_id!r} is gone while nobody may write")
+        if change.deleted and self._saw_all(change, current):
+            return self._on(current, change, deleted=True)
+        messages, next_seq = self._placed(change, story, current)
+        count = current.message_count if found.floor is None else found.left
+        parts: dict[str, Any] = {
+            "messages": tuple(messages.values()),
+            "next_seq": next_seq,
+            "message_count": count + len(messages) - len(found.removed),
+            "removed": tuple(found.removed),
+            "documents": tuple(found.documents),
+            "discarded": tuple(found.discarded),
+        }
+        if found.floor is not None and found.floor > current.floor:
+            parts["floor"] = found.floor
+        if (details := _details(change, current)) is not None:
+            parts["details"] = details
+        parts |= _context(change, current)
+        if change.outcome is not None:
+            parts["outcome"] = self._answer(change, change.outcome, current, messages)
+        if next_seq == current.next_seq and not any(value for name, value in parts.items() if name in _EFFECTS):
+            return None
+        return self._on(current, change, **parts)
+
+    def _on(self, current: Resident, change: Change, **parts: Any) -> Change:
+        fields: dict[str, Any] = {"message_count": current.message_count, "next_seq": current.next_seq}
+        return Change(
+            sequence=self._log.next,
+            previous=current.sequence,
+            session_id=current.session_id,
+            incarnation=current.incarnation,
+            last_activity=max(current.last_activity, change.last_activity),
+            late=Late(self._journal_id, change.sequence),
+            **(fields | parts),
+        )
+
+    @staticmethod
+    def _saw_all(change: Change, current: Resident) -> bool:
+        """Whether nobody has changed the session since, as far as its messages and its times tell."""
+        return (current.incarnation, current.next_seq) == (
+            change.incarnation,
+            change.next_seq,
+        ) and current.last_activity <= change.last_activity
+
+    def _placed(self, change: Change, story: _Story, current: Resident) -> tuple[dict[int, Raw], int]:
+        """The messages by the seq that they had, each with the one that it gets; and the session's next one."""
+        if not change.messages:
+            return {}, current.next_seq
+        had = {_decode_message(raw).seq: raw for raw in change.messages}
+        joins = change.birth is not None
+        if min(had) == current.next_seq and not joins:
+            return {seq: raw for seq, raw in had.items() if not story.gone(seq)}, change.next_seq
+        placed: dict[int, Raw] = {}
+        next_seq = current.next_seq
+        for seq, raw in had.items():
+            message = _decode_message(raw)
+            leads = joins and seq == 1 and message.role in {"system", "developer"}  # it has one of its own
+            if not leads and not story.gone(seq):
+                placed[seq] = _marked(message, next_seq)
+                next_seq += 1
+        return placed, next_seq
+
+    def _answer(self, change: Change, outcome: OutcomeRow, current: Resident, messages: dict[int, Raw]) -> OutcomeRow:
+        """What a repetition of the call is told from now on."""
+        text = outcome.outcome
+        if change.birth is not None and outcome.scope == CREATION_SCOPE:
+            text = msgspec.json.encode((current.session_id, current.incarnation)).decode()
+        elif messages and text.startswith("["):
+            given = msgspec.json.decode(text, type=list[Raw])
+            told = [messages.get(_decode_message(raw).seq, raw) for raw in given]
+            text = msgspec.json.encode(told).decode()
+        scope = outcome.scope if outcome.scope == CREATION_SCOPE else current.incarnation
+        return replace(outcome, scope=scope, outcome=text, sequence=self._log.next)
+
+
+class _Found(msgspec.Struct):
+    """What of a change has its place: stored messages, documents, a floor and the number of messages above it."""
+
+    removed: list[int] = []
+    floor: int | None = None
+    left: int = 0
+    documents: list[DocumentRow] = []
+    discarded: list[tuple[str, str]] = []
+
+
+_EFFECTS: Final = frozenset(
+    {"messages", "removed", "documents", "discarded", "floor", "details", "context", "switches", "outcome"}
+)
+
+
+def _marked(message: EncodedMessage, seq: int) -> Raw:
+    """The message under another seq, marked as late with the one that it had."""
+    metadata: dict[str, Raw] = {}
+    if bytes(message.metadata) not in (b"", b"null"):
+        metadata = msgspec.json.decode(message.metadata, type=dict[str, Raw])
+    metadata[LATE] = Raw(msgspec.json.encode({"seq": message.seq}))
+    return Raw(msgspec.json.encode(replace(message, seq=seq, metadata=Raw(msgspec.json.encode(metadata)))))
+
+
+def _details(change: Change, current: Resident) -> Details | None:
+    """The details of a change; where the session was changed later than that, only what it has none of."""
+    details = change.details
+    if details is None:
+        return None
+    there = current.details()
+    if change.birth is not None or current.last_activity > change.last_activity:
+        details = Details(
+            there.title if there.title is not None else details.title,
+            there.description if there.description is not None else details.description,
+            there.metadata if there.metadata != "{}" else details.metadata,
+        )
+    return None if details == there else details
+
+
+def _context(change: Change, current: Resident) -> dict[str, Any]:
+    """The context, unless a newer one is there: a switch of agents, or the metadata, as the call changed one of them."""
+    row, there = change.context, current.context
+    if row is None or change.birth is not None or there.updated_at > row.updated_at:
+        return {}
+    if not change.switches:
+        return {"context": replace(there, metadata=row.metadata, updated_at=row.updated_at)}
+    if there.current_agent == row.current_agent:
+        return {}
+    switch = replace(
+        change.switches[-1],
+        incarnation=current.incarnation,
+        number=there.switch_count + 1,
+        from_agent=there.current_agent,
+    )
+    moved = replace(
+        there,
+        current_agent=switch.to_agent,
+        switch_count=switch.number,
+        last_switch_at=switch.switched_at,
+        updated_at=row.updated_at,
+    )
+    return {"context": moved, "switches": (switch,)}
