@@ -216,8 +216,10 @@ DATABASE: dict[str, tuple[list[str], list[str]]] = {
     "another journal has written since": (
         ["UPDATE journals SET sequence = 20"],
         [
-            "the journal … has changes 21 to 32 that the database lacks, and another runtime has written up to 21 since: "
-            "they come in late when the journal is opened"
+            (
+                "the journal … has changes 21 to 32 that the database lacks, and another runtime has written up to 21 "
+                "since: they come in late when the journal is opened"
+            )
         ],
     ),
     "the journal of whoever held the lease is elsewhere": (

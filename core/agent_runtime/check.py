@@ -300,8 +300,8 @@ class _Check:
         if overtaken is not None and next(directory.frames(after=overtaken.stored), None) is not None:
             self._tell(
                 f"the journal {directory.place} has changes {overtaken.stored + 1} to {directory.end} that the "
-                f"database lacks, and another runtime has written up to {found.watermark} since: they come in late when the "
-                "journal is opened"
+                f"database lacks, and another runtime has written up to {found.watermark} since: they come in late "
+                "when the journal is opened"
             )
             return False
         return True

@@ -16,16 +16,16 @@ it finds:
 - Changes of a session that was deleted since go to quarantine, as orphans: they hold nobody. A session that was
   created under an id that another has taken since is joined to that one.
 
-Each change names the place that it had (`Change.late`), and the batch that stores it moves the row of its journal there.
-So replay may be killed anywhere and run again. For what it must know of the whole journal it notes, in a file of its
-own, how far the journal was stored when it was overtaken; a later run looks at the same changes as the first one.
+Each change names the place that it had (`Change.late`), and the batch that stores it moves its journal's row there. So
+replay may be killed anywhere and run again. For what it must know of the whole journal it notes, in a file of its own,
+how far the journal was stored when it was overtaken: a later run looks at the same changes as the first one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -117,17 +117,19 @@ class LateReplay:
         base = await self._begin(end)
         if ours:
             self._log.next = max(self._log.next, end + 1)
-        async for change in self._changes(base):
+        for number, change in enumerate(self._changes(base), 1):
             self._note(change)
+            if number % _CHANGES_PER_TURN == 0:
+                await checkpoint()
         count = 0
-        async for change in self._changes(self._done):
+        for change in self._changes(self._done):
             await self._bring(change)
             count += 1
         if count or ours:
             await self._finish(end)
         if count:
             logger.warning(
-                "%d change(s) of the journal %s came in late, %d of them went to quarantine: their sessions are deleted",
+                "%d change(s) of the journal %s came in late; %d went to quarantine, their sessions were deleted",
                 count,
                 self._directory.place,
                 self._orphans,
@@ -165,11 +167,9 @@ class LateReplay:
             ) from error
         return self._done
 
-    async def _changes(self, after: int) -> AsyncIterator[Change]:
+    def _changes(self, after: int) -> Iterator[Change]:
         """What the journal has above a sequence. What replays or drops something of the quarantine is left there."""
-        for number, item in enumerate(self._directory.frames(after=after), 1):
-            if number % _CHANGES_PER_TURN == 0:
-                await checkpoint()
+        for item in self._directory.frames(after=after):
             if not isinstance(item, Frame):
                 logger.error("change(s) %d to %d of the journal %s are lost by damage", *item, self._directory.place)
                 continue
@@ -177,8 +177,8 @@ class LateReplay:
                 change = decode_change(item.payload)
             except msgspec.MsgspecError as error:
                 raise JournalCorrupt(
-                    f"change {item.sequence} of the journal {self._directory.place} is whole, but can't be read: it was "
-                    "written by another version of agent-runtime, which is to open it"
+                    f"change {item.sequence} of the journal {self._directory.place} is whole, but can't be read: it "
+                    "was written by another version of agent-runtime, which is to open it"
                 ) from error
             if change.resolves is None and not change.void:
                 yield change
@@ -384,7 +384,10 @@ class LateReplay:
         ) and current.last_activity <= change.last_activity
 
     def _placed(self, change: Change, story: _Story, current: Resident) -> tuple[dict[int, Raw], int]:
-        """The messages by the seq that they had, each with the one that it gets; and the session's next one."""
+        """The messages by the seq that they had, each with the one that it gets; and the session's next one.
+
+        Those that are removed later on take theirs with them, so that what follows is late if they would have been.
+        """
         if not change.messages:
             return {}, current.next_seq
         had = {_decode_message(raw).seq: raw for raw in change.messages}
@@ -396,9 +399,11 @@ class LateReplay:
         for seq, raw in had.items():
             message = _decode_message(raw)
             leads = joins and seq == 1 and message.role in {"system", "developer"}  # it has one of its own
-            if not leads and not story.gone(seq):
+            if leads:
+                continue
+            if not story.gone(seq):
                 placed[seq] = _marked(message, next_seq)
-                next_seq += 1
+            next_seq += 1
         return placed, next_seq
 
     def _answer(self, change: Change, outcome: OutcomeRow, current: Resident, messages: dict[int, Raw]) -> OutcomeRow:
@@ -454,7 +459,7 @@ def _details(change: Change, current: Resident) -> Details | None:
 
 
 def _context(change: Change, current: Resident) -> dict[str, Any]:
-    """The context, unless a newer one is there: a switch of agents, or the metadata, as the call changed one of them."""
+    """The context, unless a newer one is there: a switch of agents or other metadata, whichever the call brought."""
     row, there = change.context, current.context
     if row is None or change.birth is not None or there.updated_at > row.updated_at:
         return {}

@@ -409,7 +409,8 @@ class Runtime:
         left = None
         if pending := self._scheduler.pending_changes:
             reason = self._scheduler.figures.last_error or "the drain took too long"
-            left = DrainIncomplete(pending, reason, None if self._journal is None else self._journal.journal.place)
+            place = None if self._journal is None else self._journal.journal.place
+            left = DrainIncomplete(pending, reason, overtaken[0].files.place if ours else place)
         if body_error is not None:
             if left:
                 body_error.add_note(f"agent-runtime: {left}")
