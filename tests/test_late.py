@@ -315,8 +315,8 @@ async def test_a_session_whose_id_was_taken_meanwhile_is_joined_to_that_one(worl
     async with world.open() as runtime:
         session = await runtime.get_or_create_session("s", system_prompt="lead", title="mine", idempotency_key="k")
         assert await shown(runtime) == ["lead", "b", "a"]
-        assert (await session.get_document("notes", "n")).value == 2
-        assert (await session.get_document("notes", "m")).value == 1
+        documents = {each.key: each.value for each in (await session.list_documents("notes")).items}
+        assert documents == {"n": 2, "m": 1}
         assert (await session.record()).title == "b"
 
 

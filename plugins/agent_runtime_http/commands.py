@@ -31,6 +31,9 @@ def serve(
         int | None,
         typer.Option("--port", min=0, max=65535, help="Port, instead of http.port (8001); 0 takes a free one."),
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Stand by while another runtime has the lease, and take over after it.")
+    ] = False,
     loop: Annotated[Loop, typer.Option("--loop", help="Event loop; trio comes with the extra `trio`.")] = "asyncio",
 ) -> None:
     """Serve the sessions over HTTP, until SIGTERM or Ctrl-C. Then what is not stored yet is stored.
@@ -40,7 +43,7 @@ def serve(
     """
     from .serve import run_server  # and the servers, which other commands do not wait for
 
-    given = {"storage.url": storage, "http.host": host, "http.port": port}
+    given = {"storage.url": storage, "http.host": host, "http.port": port, "lease.wait": wait or None}
     settings = load_config(config, overrides={key: value for key, value in given.items() if value is not None})
     configure_logging(settings, quiet=False)
     if loop == "trio" and find_spec("hypercorn") is None:
