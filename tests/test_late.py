@@ -26,7 +26,7 @@ from agent_runtime.errors import DrainIncomplete
 from agent_runtime.history import INTERRUPTED
 from agent_runtime.late import MARK
 from agent_runtime.records import LATE
-from agent_runtime.storage import Abilities, Fence, StorageConfig
+from agent_runtime.storage import Abilities, Fence, StorageConfig, StorageFactory
 from agent_runtime.testing import Fault, Faults, FaultyStorage, faulty_plugin
 from agent_runtime.testing.faults import writes_message
 from agent_runtime_memory import MemoryDatabase
@@ -50,6 +50,7 @@ class World:
     def __init__(self, kind: str, directory: Path) -> None:
         self.directory = directory
         self.faults = Faults()
+        self.factory: StorageFactory
         if kind == "memory":
             self.url, self.factory = "memory:", MemoryDatabase().open
         else:

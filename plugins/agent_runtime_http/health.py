@@ -10,8 +10,6 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Final
 
-import anyio
-
 from agent_runtime.status import JournalStatus, Status
 
 from .answers import Answer, json_answer
@@ -68,9 +66,8 @@ def _checks(service: Service) -> Iterator[Check]:
 
 
 def _storage(status: Status) -> Check:
-    since_s = status.flush.failing_since_s
-    if since_s is not None:
-        since = datetime.now(UTC) - timedelta(seconds=anyio.current_time() - since_s)
+    if status.flush.failing_s is not None:
+        since = datetime.now(UTC) - timedelta(seconds=status.flush.failing_s)
         detail = f"batches fail, {status.pending.changes} change(s) wait to be stored"
         return Check(name="storage", status="fail", detail=detail, since=since)
     if status.lease.unreachable:

@@ -239,7 +239,7 @@ class Check(msgspec.Struct, kw_only=True, omit_defaults=True):
     name: Literal["runtime", "storage", "lease", "quarantine", "journal"]
     status: Literal["ok", "warn", "fail"]
     detail: str
-    since: datetime | None = None
+    since: Time | None = None
 
 
 class Readiness(msgspec.Struct, kw_only=True):
