@@ -14,8 +14,19 @@ __all__ = ["metrics_route"]
 def metrics_route(registry: CollectorRegistry) -> Route:
     """The route of a registry."""
 
-    async def metrics(request: Request) -> Response:
+    async def get_metrics(request: Request) -> Response:
+        """Get the figures for Prometheus.
+
+        In its own format, or in OpenMetrics if that is accepted.
+        ---
+        responses:
+          "200":
+            description: The figures.
+            content:
+              text/plain: {schema: {type: string}}
+              application/openmetrics-text: {schema: {type: string}}
+        """
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
 
-    return Route("/metrics", metrics)
+    return Route("/metrics", get_metrics)
