@@ -132,6 +132,7 @@ class Bench:
         assert (figures("pending_oldest_age_seconds") > 0) == (counts.changes > stored)
         for zero in ("pending_waiting", "overloaded_total", "quarantined_changes_total", "quarantine_changes"):
             assert figures(zero) == 0
+        assert figures("unfinished_journals") == 0
         for zero in ("held_sessions", "flush_failures_total", "flush_retries_total", "flush_failing_seconds"):
             assert figures(zero) == 0
 

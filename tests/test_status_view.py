@@ -26,15 +26,16 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_runtime import Status, open_runtime_blocking
 from agent_runtime.cli.dashboard import ASCII, UNICODE, Board, Row
+from agent_runtime.directories import Unfinished
 from agent_runtime.histograms import SECONDS, Histogram
 from crash import Left
 from http_rig import Server, environment, free_port, run, serving
-from places import in_file
+from places import SHORT, in_file
 from shell import Shell
 
 replace = msgspec.structs.replace
@@ -307,12 +308,14 @@ def test_what_somebody_has_to_look_after(status: Status) -> None:
         flush=replace(status.flush, failing_s=75.0, last_error="StorageUnavailable: it is away", failures=3),
         quarantine=replace(status.quarantine, changes=3, sessions=1),
         lease=replace(status.lease, unreachable=True, expires_in_s=-5.0),
+        unfinished=(Unfinished(place="/there", holder="pid 7 on host"),),
         pending=replace(status.pending, bytes=60, bytes_max=64, waiting=2, refused=7),
     )
     board.add(1.0, bad)
     assert [(row.label, row.value, row.text) for row in board.troubles()] == [
         ("failing", "for 75 s", "StorageUnavailable: it is away"),
         ("quarantine", "3", "changes of 1 held session: agent-runtime quarantine list"),
+        ("journal", "left", "/there of pid 7 on host: what it has comes in once it is opened again"),
         ("lease", "expired", f"5 s ago; can't be renewed while the database is away; epoch {status.lease.epoch}"),
         ("overload", "", "2 wait for room, 7 were refused so far"),
     ]
@@ -323,6 +326,7 @@ def test_what_somebody_has_to_look_after(status: Status) -> None:
     assert board.state[1] == "warning"
 
 
+@settings(SHORT, max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, 200))
 def test_whatever_the_figures_every_row_can_be_shown(seed: int, columns: int) -> None:
     """No division by nothing, no bar that is longer than its place."""

@@ -104,6 +104,7 @@ def _residents(status: Status) -> Iterator[Metric]:
     yield _gauge("resident_limit_bytes", "What the sessions in memory may take.", residents.bytes_max)
     yield _gauge("pool_connections", "Connections to the database that there may be.", pool.size)
     yield _gauge("pool_connections_in_use", "Connections to the database in use.", pool.in_use)
+    yield _gauge("unfinished_journals", "Journals whose changes come in late.", len(status.unfinished))
     yield _gauge("lease_epoch", "The epoch of the lease.", lease.epoch)
     yield _gauge("lease_remaining_seconds", "Until another runtime may take the lease.", lease.expires_in_s)
     yield _gauge("lease_unreachable", "1 while the lease can't be renewed.", lease.unreachable)

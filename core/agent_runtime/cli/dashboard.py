@@ -100,6 +100,10 @@ class Board:
             yield Row("quarantine", _count(status.quarantine.changes), text, "bad")
         if status.journal is not None and status.journal.full:
             yield Row("disk full", "", f"changes are refused: make room in {status.journal.place}", "bad")
+        for journal in status.unfinished:
+            whose = f" of {journal.holder}" if journal.holder else ""
+            text = f"{journal.place or journal.journal_id}{whose}: what it has comes in once it is opened again"
+            yield Row("journal", "left", text, "warning")
         if status.lease.unreachable:
             yield Row("lease", *self._lease(status), "warning")
         if status.pending.waiting or self._per_second(self._grown(lambda it: it.pending.refused)):
