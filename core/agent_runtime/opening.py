@@ -76,7 +76,7 @@ def levels_of(config: Config, abilities: Abilities, *, journaled: bool) -> tuple
 async def claimed(
     config: Config,
     storage: Storage,
-    files: JournalFiles | None,
+    files: Callable[[], JournalFiles | None],
     address: str | None,
     *,
     beside: Path | None,
@@ -85,8 +85,9 @@ async def claimed(
 ) -> AsyncIterator[Opening]:
     """Take the journal's directory and the lease, if they belong together; give both back at the end.
 
-    With `lease.wait` it waits until they can be had. `beside` is the default directory, if others may lie beside it.
-    `replay` brings in what our directory has of changes that were overtaken, before the journal goes on.
+    With `lease.wait` it waits until they can be had. `files` gives the directory, anew for each try; `beside` is the
+    default one, if others may lie beside it. `replay` brings in what our directory has of changes that were overtaken,
+    before the journal goes on.
 
     Raises:
         LeaseHeld: another runtime has one of them.
@@ -96,7 +97,7 @@ async def claimed(
     """
 
     async def attempt() -> Opening:
-        taken = await take_directories(storage, files, beside)
+        taken = await take_directories(storage, files(), beside)
         try:
             return await _claim(config, storage, taken, address, replay)
         except BaseException:

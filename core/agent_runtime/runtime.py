@@ -500,12 +500,14 @@ async def open_runtime(
     manager = PluginManager(disabled=config.plugins.disabled)
     manager.load(plugins)
     async with _database(manager, config) as storage:
-        beside = None
-        if files is None:
-            files = journal_files(config, storage.abilities)
-            if config.journal.directory is None:
-                beside = journal_place(config, storage.abilities)
-        levels_of(config, storage.abilities, journaled=files is not None and config.journal.enabled)
+        given, beside = files, None
+        if given is None and config.journal.directory is None:
+            beside = journal_place(config, storage.abilities)
+
+        def directory_of() -> JournalFiles | None:
+            return given or journal_files(config, storage.abilities)
+
+        levels_of(config, storage.abilities, journaled=directory_of() is not None and config.journal.enabled)
 
         async def replay(overtaken: Overtaken, lease: LeaseKeeper) -> None:
             """As a runtime without a journal, which nobody uses: the overtaken one keeps what is not stored."""
@@ -524,7 +526,7 @@ async def open_runtime(
                 pass
 
         async with (
-            claimed(config, storage, files, address, beside=beside, replay=replay, random=generator.random) as (
+            claimed(config, storage, directory_of, address, beside=beside, replay=replay, random=generator.random) as (
                 lease,
                 taken,
                 identity,
