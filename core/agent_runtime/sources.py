@@ -27,8 +27,8 @@ PREFIX: Final = "AGENT_RUNTIME__"
 STORAGE_URL: Final = f"{PREFIX}STORAGE__URL"
 DB_URL: Final = f"{PREFIX}DB_URL"
 ALIASES: Final = {DB_URL: ("storage", "url"), "LOG_LEVEL": ("logging", "level")}
-LATER: Final = ("INTERNAL_API_KEY", f"{PREFIX}INTERNAL_API_KEY")
-"""Variables of the old service that a later plugin reads."""
+THEIRS: Final = ("INTERNAL_API_KEY", f"{PREFIX}INTERNAL_API_KEY")
+"""Variables of the old service that the plugin for its users reads."""
 IGNORED: Final = ("LLM_PROXY_URL", "GATEWAY_URL", "LLM_MODEL", "VERSION")
 """Variables of the old service that mean nothing any more."""
 
@@ -69,12 +69,12 @@ def _environment_settings(environ: Mapping[str, str], problems: list[str]) -> It
     if len(urls) > 1:
         problems.append(f"{DB_URL}: differs from {STORAGE_URL}, of which it is another name; unset one of them")
     ignored = [name for name in IGNORED if name in environ]
-    if ignored and (ours or LATER[0] in environ):  # alone they are too common to mean the old service
+    if ignored and (ours or THEIRS[0] in environ):  # alone they are too common to mean the old service
         _log.warning("ignored, as this version has no use for them: %s", ", ".join(ignored))
     # LOG_LEVEL comes first, as our own name wins over it; and a mapping comes before what is laid into it.
     for upper, name in [("LOG_LEVEL", "LOG_LEVEL"), *sorted(ours.items())]:
         path = known.get(upper) or _path_below(upper)
-        if upper in LATER or (path and not environ.get(name)):
+        if upper in THEIRS or (path and not environ.get(name)):
             continue
         try:
             if path is None:
