@@ -97,7 +97,6 @@ class Door:
         now: Callable[[], datetime],
         levels: Sequence[Durability],
         durability: Durability,
-        durability_timeout_s: float,
         read_timeout_s: float,
         guard: Callable[[], None] | None = None,
     ) -> None:
@@ -109,7 +108,6 @@ class Door:
         self._budget = budget
         self._scheduler = scheduler
         self._levels = levels
-        self._durability_timeout_s = durability_timeout_s
         self._read_timeout_s = read_timeout_s
         self._guard = guard
         self._flights: dict[str, _Flight] = {}
@@ -310,12 +308,12 @@ class Door:
         """Wait until a change that stands already has reached a level."""
         if level not in _WAITED:
             return
-        reason = f"it took more than {self._durability_timeout_s:g} s"
         cause: BaseException | None = None
         try:
-            with anyio.move_on_after(self._durability_timeout_s):
-                await self.log.wait(sequence, level)
-                return
+            await self.log.wait(sequence, level)
+            return
+        except TimeoutError:
+            reason = f"it took more than {self.log.timeout_s:g} s"
         except (LeaseLost, RuntimeClosed) as error:
             cause, reason = error, str(error)
         except anyio.get_cancelled_exc_class() as error:

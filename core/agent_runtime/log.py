@@ -8,10 +8,11 @@ keeps anyone else waiting.
 
 from __future__ import annotations
 
-import heapq
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from operator import attrgetter
+from typing import Final, Protocol
 
 import anyio
 
@@ -19,6 +20,9 @@ from .errors import AgentRuntimeError, JournalError, Quarantined, again
 from .records import Durability, Watermarks
 
 __all__ = ["Log", "Writes"]
+
+_TICK_S: Final = 0.01
+"""Between two looks at who has waited too long, at least: looking costs time for everyone who waits."""
 
 
 class Writes(Protocol):
@@ -36,51 +40,65 @@ class Writes(Protocol):
 
 
 class _Waiter:
-    __slots__ = ("error", "event", "number", "sequence")
+    __slots__ = ("deadline", "error", "event", "sequence")
 
-    def __init__(self, sequence: int, number: int) -> None:
+    def __init__(self, sequence: int, deadline: float) -> None:
         self.sequence = sequence
-        self.number = number
+        self.deadline = deadline
         self.event = anyio.Event()
         self.error: AgentRuntimeError | None = None
 
-    def __lt__(self, other: _Waiter) -> bool:
-        return (self.sequence, self.number) < (other.sequence, other.number)
+
+_sequence_of: Final = attrgetter("sequence")
 
 
 class _Watermark:
-    """How far the log has come in one respect, and who waits for it to come further."""
+    """How far the log has come in one respect, and who waits for it to come further, by sequence."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
         self.on_demand: Callable[[], None] = _nobody
         self.waiters: list[_Waiter] = []
-        self._numbers = 0
+        self._stopped: AgentRuntimeError | None = None
 
     def advance(self, sequence: int) -> None:
         self.sequence = sequence
-        while self.waiters and self.waiters[0].sequence <= sequence:
-            heapq.heappop(self.waiters).event.set()
+        reached = bisect_right(self.waiters, sequence, key=_sequence_of)
+        for waiter in self.waiters[:reached]:
+            waiter.event.set()
+        del self.waiters[:reached]
 
     def stop(self, error: AgentRuntimeError) -> None:
+        self._stopped = error
         for waiter in self.waiters:
             waiter.error = error
             waiter.event.set()
         self.waiters.clear()
 
-    async def wait(self, sequence: int) -> None:
-        self._numbers += 1
-        waiter = _Waiter(sequence, self._numbers)
-        heapq.heappush(self.waiters, waiter)
+    def expire(self, now: float) -> float:
+        """Wake whose time is up. Returns when that of the next one will be."""
+        for waiter in [waiter for waiter in self.waiters if waiter.deadline <= now]:
+            waiter.event.set()
+            self.waiters.remove(waiter)
+        return min((waiter.deadline for waiter in self.waiters), default=math.inf)
+
+    async def wait(self, sequence: int, deadline: float = math.inf) -> None:
+        if sequence <= self.sequence:
+            return
+        if self._stopped is not None:
+            raise again(self._stopped)
+        waiter = _Waiter(sequence, deadline)
+        insort(self.waiters, waiter, key=_sequence_of)
         self.on_demand()
         try:
             await waiter.event.wait()
         finally:
             if not waiter.event.is_set():
                 self.waiters.remove(waiter)
-                heapq.heapify(self.waiters)
         if waiter.error is not None:
             raise again(waiter.error)
+        if sequence > self.sequence:
+            raise TimeoutError
 
 
 class Log:
@@ -89,17 +107,20 @@ class Log:
     It begins after `sequence`, up to which everything is stored; with a journal, behind all that this may hold.
     `power_safe`: what is stored survives a power loss. Else `synced` means nothing, for the stored changes are in the
     journal only, perhaps since before the last crash, and memory has them no more to be written there again.
+    `timeout_s` is how long `wait` waits, while `expire` runs.
     """
 
-    def __init__(self, sequence: int, journal: Writes | None = None, *, power_safe: bool = True) -> None:
+    def __init__(
+        self, sequence: int, journal: Writes | None = None, *, power_safe: bool = True, timeout_s: float = math.inf
+    ) -> None:
         self._power_safe = power_safe
         self.accepted = sequence
         self.next = sequence + 1 if journal is None else max(sequence, journal.end) + 1
         self._journal = journal
         self._stored = _Watermark(sequence)
         self._synced = _Watermark(sequence)
+        self.timeout_s = timeout_s
         self._quarantined: list[int] = []
-        self._stopped: AgentRuntimeError | None = None
 
     @property
     def watermarks(self) -> Watermarks:
@@ -192,7 +213,6 @@ class Log:
 
     def stop(self, error: AgentRuntimeError) -> None:
         """Nothing will be stored any more: whoever waits, now or later, gets `error`."""
-        self._stopped = error
         self._stored.stop(error)
         self._synced.stop(error)
 
@@ -208,27 +228,38 @@ class Log:
         """Wait until the change `sequence` has reached a level.
 
         Raises:
+            TimeoutError: it has not within `timeout_s`.
             Quarantined: it went to quarantine, and so will not be stored.
             LeaseLost, RuntimeClosed: no change will be stored or synced any more.
         """
+        deadline = anyio.current_time() + self.timeout_s
         if level == "stored":
-            await self.wait_stored(sequence)
+            await self._stored.wait(sequence, deadline)
+            self._check_quarantined(sequence, sequence)
         elif level == "synced":
-            await self._reach(self._synced, sequence)
+            await self._synced.wait(sequence, deadline)
 
-    async def wait_stored(self, sequence: int, *, first: int | None = None) -> None:
-        """Wait until the change `sequence` is stored; with `first`, all changes from that one on. Raises as `wait`."""
-        await self._reach(self._stored, sequence)
-        low = bisect_left(self._quarantined, sequence if first is None else first)
-        high = bisect_right(self._quarantined, sequence)
+    async def wait_stored(self, first: int, last: int) -> None:
+        """Wait until the changes from `first` to `last` are stored, however long that takes. Else raises as `wait`."""
+        await self._stored.wait(last)
+        self._check_quarantined(first, last)
+
+    async def expire(self) -> None:
+        """Until cancelled, wake who has waited too long.
+
+        One timer serves all, for a cancel scope for each costs as much as an append. It need not be told of a new
+        waiter: all wait equally long, so none is due before those that are there, or before `timeout_s` from now.
+        """
+        while True:
+            now = anyio.current_time()
+            due = min(self._stored.expire(now), self._synced.expire(now), now + self.timeout_s)
+            await anyio.sleep_until(max(due, now + _TICK_S))
+
+    def _check_quarantined(self, first: int, last: int) -> None:
+        low = bisect_left(self._quarantined, first)
+        high = bisect_right(self._quarantined, last)
         if low < high:
             raise Quarantined(self._quarantined[low:high])
-
-    async def _reach(self, watermark: _Watermark, sequence: int) -> None:
-        if sequence > watermark.sequence:
-            if self._stopped is not None:
-                raise again(self._stopped)
-            await watermark.wait(sequence)
 
 
 def _nobody() -> None:

@@ -84,7 +84,7 @@ class Runtime:
         self.plugins = plugins
         self._storage = storage
         power_safe = storage.abilities.survives != "nothing"
-        self._log = Log(sequence, journal, power_safe=power_safe)
+        self._log = Log(sequence, journal, power_safe=power_safe, timeout_s=write_behind.durability_timeout_s)
         self._budget = budget
         self._residents = Residents(bytes_max=config.residents.bytes_max, tail_messages=config.residents.tail_messages)
         self._flush_log = FlushLog(plugins)
@@ -119,7 +119,6 @@ class Runtime:
             now=utc_now,
             levels=levels,
             durability=durability,
-            durability_timeout_s=write_behind.durability_timeout_s,
             read_timeout_s=config.storage.read_timeout_s,
             guard=self._check_lease if config.lease.unreachable == "refuse" else None,
         )
@@ -142,6 +141,7 @@ class Runtime:
         self._lease = lease
         self._unfinished = tuple(unfinished)
         self._lease_scope = anyio.CancelScope(shield=True)
+        self._waits_scope = anyio.CancelScope(shield=True)
         self._journal_scope = anyio.CancelScope()
         self._flush_log_scope = anyio.CancelScope()
         self._retention = Retention(door=self._door, planner=self._planner)
@@ -322,7 +322,7 @@ class Runtime:
         self._door.check_open()
         timeout_s = self.config.write_behind.durability_timeout_s
         with anyio.move_on_after(timeout_s):
-            await self._log.wait_stored(self._log.accepted, first=self._log.stored + 1)
+            await self._log.wait_stored(self._log.stored + 1, self._log.accepted)
             return
         error = self._scheduler.figures.last_error or "no error so far, it is slow"
         raise StorageUnavailable(
@@ -378,6 +378,7 @@ class Runtime:
             drained = anyio.Event()
             tasks.start_soon(self._run_scheduler, drained)
             tasks.start_soon(self._run_lease)
+            tasks.start_soon(self._run_waits)
             tasks.start_soon(self._run_flush_log)
             if self._journal is not None:
                 tasks.start_soon(self._run_journal, self._journal)
@@ -430,6 +431,7 @@ class Runtime:
             self._scheduler.abandon(self._fenced or RuntimeClosed())
             await drained.wait()
             self._lease_scope.cancel()
+            self._waits_scope.cancel()
             self._journal_scope.cancel()
             self._flush_log_scope.cancel()
             self._flush_log.tell()
@@ -449,6 +451,10 @@ class Runtime:
                 await self._lease.run()
         except LeaseLost as error:
             self._fence_off(error)
+
+    async def _run_waits(self) -> None:
+        with self._waits_scope:
+            await self._log.expire()
 
     async def _run_flush_log(self) -> None:
         with self._flush_log_scope:
