@@ -540,6 +540,26 @@ async def test_no_segment_to_go_on_with(path: Path, files: Faulty) -> None:
     assert read(path) == [1, 3]
 
 
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_crash_before_a_void_is_told(path: Path, files: Faulty, told: bool) -> None:
+    """What was refused and could not be undone comes back whole if the process dies before a header could name it."""
+    journal = await begin(files)
+    journal.append(changes(1))
+    files.fail("write", taken=10_000)
+    files.fail("truncate")
+    if not told:
+        files.fail("create", errno.ENOSPC)
+    with pytest.raises(JournalError):
+        journal.append(changes(2))
+    files.close()  # as the death of the process does: nothing more is written
+    assert read(path) == ([1] if told else [1, 2])
+    again = await begin(Faulty(LocalFiles(path)))
+    assert again.end == 2  # never used for another change
+    again.append(changes(3))
+    again.close()
+    assert read(path) == ([1, 3] if told else [1, 2, 3])
+
+
 @pytest.mark.parametrize(("call", "taken"), [("create", 0), ("write", 0), ("write", 700)])
 async def test_a_failed_rotation_is_a_failed_append(path: Path, files: Faulty, call: str, taken: int) -> None:
     journal = await begin(files, segment_bytes=1)
