@@ -83,11 +83,11 @@ def install(failpoint: Freezing) -> None:
         @asynccontextmanager
         async def opened(config: StorageConfig) -> AsyncIterator[Storage]:
             async with factory(config) as storage:
-                yield Recording(storage)  # type: ignore[misc]
+                yield Recording(storage)
 
         return opened
 
-    PluginManager.storage_for = recorded  # type: ignore[method-assign]
+    PluginManager.storage_for = recorded  # type: ignore[method-assign,assignment]
     failpoints.install(failpoint)
 
 

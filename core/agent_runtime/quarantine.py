@@ -231,7 +231,7 @@ class Quarantine:
 
     async def _drop_orphans(self, session_id: str) -> None:
         self._door.check_open()
-        await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
+        await self._log.wait_stored(self._log.accepted + 1, self._log.accepted)
         async with self._door.view(None) as snapshot:
             found = [
                 decode_change(row.change) async for row in quarantine_rows(snapshot) if row.session_id == session_id
@@ -243,7 +243,7 @@ class Quarantine:
         dropped = [msgspec.structs.replace(change, void=True, late=None) for change in orphans]
         for change in (changes := self._resequence(0, dropped)):
             self.settle(change)
-        await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
+        await self._log.wait_stored(changes[0].sequence, changes[-1].sequence)
 
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""
