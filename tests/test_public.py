@@ -36,6 +36,7 @@ DOCUMENTS = [
     "plugins/agent_runtime_codelab/README.md",
     "plugins/agent_runtime_http/README.md",
     "plugins/agent_runtime_metrics/README.md",
+    "plugins/agent_runtime_opentelemetry/README.md",
 ]
 
 PUBLIC = [

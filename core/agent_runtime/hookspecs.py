@@ -15,7 +15,7 @@ import pluggy
 from .changes import Batch, Change, Receipt
 from .client import ClientFactory
 from .formats import ImportFormat
-from .records import NewMessage
+from .records import Durability, NewMessage
 from .storage import StorageFactory
 
 if TYPE_CHECKING:
@@ -80,3 +80,7 @@ class HookSpecs:
     @hookspec
     def agent_runtime_change_quarantined(self, change: Change, error: Exception) -> None:
         """A change can't be stored and goes to quarantine; its session is held. An observer."""
+
+    @hookspec
+    def agent_runtime_appended(self, session_id: str, messages: int, durability: Durability, duration_s: float) -> None:
+        """A call that appended so many messages is about to return, at the level it waited for. An observer."""

@@ -27,7 +27,7 @@ from .config import did_you_mean
 from .errors import ConfigError, InvalidInput, PluginError
 from .formats import ImportFormat
 from .hookspecs import PROJECT, HookSpecs
-from .records import NewMessage
+from .records import Durability, NewMessage
 from .storage import LeaseDesk, Storage, StorageConfig, StorageFactory
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ ENTRY_POINTS: Final = "agent_runtime"
 
 BY_HAND: Final = "by hand"
 _STORAGES: Final = "agent_runtime_storages"
+_APPENDED: Final = "agent_runtime_appended"
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9+.-]*")
 _log: Final = logging.getLogger("agent_runtime")
 
@@ -123,7 +124,10 @@ def _missing(protocol: type, value: object, prefix: str = "") -> list[str]:
 
 
 class PluginManager:
-    """Loads plugins and calls their hooks. `disabled` names those that are not even imported."""
+    """Loads plugins and calls their hooks. `disabled` names those that are not even imported.
+
+    `watching`: some are told of appends; where none is, an append is spared the call.
+    """
 
     def __init__(self, disabled: Collection[str] = ()) -> None:
         self._disabled = frozenset(disabled)
@@ -132,6 +136,7 @@ class PluginManager:
         self._calls: dict[str, list[HookCall]] = {}
         self._infos: list[PluginInfo] = []
         self._appending: tuple[HookCall, ...] = ()
+        self.watching = False
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -161,6 +166,7 @@ class PluginManager:
             ordered = sorted(found, key=lambda it: (it.trylast - it.tryfirst, names.index(it.plugin_name)))
             self._calls[hook] = [HookCall(it.plugin_name, it.function, it.argnames) for it in ordered]
         self._appending = tuple(self._calls["agent_runtime_before_append"])
+        self.watching = bool(self._calls[_APPENDED])
         self._infos = [
             PluginInfo(
                 name=source.name,
@@ -358,6 +364,10 @@ class PluginManager:
     def change_quarantined(self, change: Change, error: Exception) -> None:
         """Tell that a change is in quarantine."""
         self._observe("agent_runtime_change_quarantined", change=change, error=error)
+
+    def appended(self, session_id: str, messages: int, durability: Durability, duration_s: float) -> None:
+        """Tell that messages were appended. To be called where `watching`."""
+        self._observe(_APPENDED, session_id=session_id, messages=messages, durability=durability, duration_s=duration_s)
 
     # -- calling ------------------------------------------------------------------------------------------------------
 

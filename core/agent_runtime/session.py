@@ -66,7 +66,7 @@ T = TypeVar("T")
 
 
 class Hooks(Protocol):
-    """The hook that sees messages before they are appended."""
+    """The hooks that see messages before they are appended, and are told once they are."""
 
     @property
     def appending(self) -> bool:
@@ -74,6 +74,13 @@ class Hooks(Protocol):
 
     def before_append(self, session_id: str, message: NewMessage) -> NewMessage:
         """The message as the plugins leave it. Raises InvalidInput when one of them refuses it."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether any plugin is told of appends."""
+
+    def appended(self, session_id: str, messages: int, durability: Durability, duration_s: float) -> None:
+        """Messages were appended."""
 
 
 def request_for(key: str | None, route: str, arguments: object, read_outcome: Callable[[str], T]) -> Request[T] | None:
@@ -295,7 +302,11 @@ class SessionHandle:
         self._check_messages(path, new)
         started = perf_counter()
         messages = await self._write(partial(self._planner.append, new=new), durability, request)
-        self._door.appends[durability or self._door.durability].observe(perf_counter() - started)
+        duration_s = perf_counter() - started
+        level = durability or self._door.durability
+        self._door.appends[level].observe(duration_s)
+        if self._hooks.watching:
+            self._hooks.appended(self.session_id, len(new), level, duration_s)
         return messages
 
     def _seen(self, path: str, message: NewMessage) -> NewMessage:

@@ -3,7 +3,7 @@
 In order, for each request: the path as it was sent is looked at, before anyone acts on the decoded one, and whether it
 may come from a page; then come the plugins' middleware; then tokens, and whoever else knows who asks; then the short
 way to the hot paths of a session, else Starlette's router. Whatever is raised on the way is answered with a problem
-document, here and nowhere else.
+document, here and nowhere else; to middleware that is an answer as any other.
 """
 
 from __future__ import annotations
@@ -56,15 +56,14 @@ class Surface:
         except Disconnected:
             return
         except Exception as error:  # noqa: BLE001 — whatever it is, it is answered, and says no more than it may
-            answer = answer_to(error)
-            if _STARTED not in scope:
-                await answer(scope, receive, send)
+            await _answer(error, scope, receive, send)
 
     def _adopt(self, extensions: Extensions) -> None:
         """Put the plugins of the runtime that was opened around the rest."""
         asks = extensions.authenticates or bool(self._service.tokens)
         stack: ASGIApp = self._authenticate if asks else self._route
         if extensions.middleware:
+            stack = _answering(stack)  # here already, so that middleware sees what is answered, whatever that is
             for middleware in reversed(extensions.middleware):
                 stack = middleware(stack)
             stack = _marking(stack)
@@ -105,6 +104,26 @@ class Surface:
                 await send({"type": "websocket.close", "code": 1008})
                 return
         await self._app(scope, receive, send)
+
+
+async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    answer = answer_to(error)
+    if _STARTED not in scope:
+        await answer(scope, receive, send)
+
+
+def _answering(app: ASGIApp) -> ASGIApp:
+    """The application, answering what it raises."""
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except Disconnected:
+            raise
+        except Exception as error:  # noqa: BLE001 — as above
+            await _answer(error, scope, receive, send)
+
+    return answering
 
 
 def _marking(app: ASGIApp) -> ASGIApp:
