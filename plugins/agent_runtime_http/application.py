@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Scope
 from agent_runtime import Config, load_config
 
 from . import agents, documents, health, messages, sessions
-from .documentation import documented
+from .documentation import PAGES, documented
 from .operations import Operations
 from .problems import answer_to
 from .resources import Resource
@@ -36,6 +36,8 @@ OPERATIONS: Final[Operations] = documented(
         **health.OPERATIONS,
     }
 )
+SERVED: Final[Operations] = {**OPERATIONS, **PAGES}
+"""These and the pages for people."""
 _BELOW_SESSION: Final = "/v1/sessions/{session_id}/"
 
 
@@ -44,7 +46,7 @@ class _Application(Starlette):
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._resources = {path: Resource(service, operations) for path, operations in OPERATIONS.items()}
+        self._resources = {path: Resource(service, operations) for path, operations in SERVED.items()}
         super().__init__(
             routes=[Route(path, resource) for path, resource in self._resources.items()], lifespan=_Application._opened
         )
@@ -68,7 +70,7 @@ class _Application(Starlette):
             if path.startswith(_BELOW_SESSION)
         }
         stack: ASGIApp = ExceptionMiddleware(self.router, handlers={HTTPException: _refused})
-        public = [path for path, methods in OPERATIONS.items() if all(each.public for each in methods.values())]
+        public = [path for path, methods in SERVED.items() if all(each.public for each in methods.values())]
         stack = Surface(stack, self._service, hot, public)
         for added, args, kwargs in reversed(self.user_middleware):
             stack = added(stack, *args, **kwargs)
