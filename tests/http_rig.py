@@ -23,6 +23,7 @@ from agent_runtime import Config, Runtime
 from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_http import create_app, lifespan
 from agent_runtime_memory import MemoryDatabase
+from described import check_described
 
 JSON = {"content-type": "application/json"}
 SAMPLE = Path(__file__).parent / "data" / "airline-sample.jsonl.gz"
@@ -50,7 +51,7 @@ class Reply(NamedTuple):
 
 
 class App:
-    """An application of this process, called as servers call it. What is answered is checked to be whole."""
+    """An application of this process, called as servers call it. What is answered is checked to be whole, and as documented."""
 
     def __init__(self, app: ASGIApp, root: str = "") -> None:
         self.app = app
@@ -89,7 +90,10 @@ class App:
             "server": ("127.0.0.1", 2),
             "state": {},
         }
-        return await self._answered(scope, [*chunks], hang_up)
+        reply = await self._answered(scope, [*chunks], hang_up)
+        if not hang_up:
+            check_described(method, target, reply.status, reply.headers, reply.body)
+        return reply
 
     async def _answered(self, scope: dict[str, Any], chunks: Sequence[bytes], hang_up: bool) -> Reply:
         coming: list[Message] = [

@@ -29,8 +29,8 @@ __all__ = ["OPERATIONS", "create_app", "lifespan", "stopping"]
 
 OPERATIONS: Final[Operations] = documented(
     {
-        **messages.OPERATIONS,
         **sessions.OPERATIONS,
+        **messages.OPERATIONS,
         **agents.OPERATIONS,
         **documents.OPERATIONS,
         **health.OPERATIONS,

@@ -99,7 +99,10 @@ def _journal(journal: JournalStatus) -> Check:
 
 @operation(Gives(200, Status))
 async def get_status(call: Call) -> Answer:
-    """Get the figures of the runtime: watermarks, pending changes, flushes, residents, pool, lease, quarantine."""
+    """Get the figures of the runtime.
+
+    Watermarks, pending changes, flushes, residents, pool, lease, quarantine.
+    """
     return json_answer(call.runtime.status())
 
 

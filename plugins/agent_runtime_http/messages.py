@@ -1,4 +1,7 @@
-"""Messages: appended, listed, removed; the history for a model. Appending and the history are the hot paths."""
+"""Messages: appended, listed, removed; the history for a model.
+
+Appending and the history are the hot paths.
+"""
 
 from __future__ import annotations
 
@@ -80,13 +83,13 @@ def _as_sent(error: InvalidInput, body: Any, depth: int) -> InvalidInput:
 
 @operation(Gives(200, MessagePage), after=AFTER, limit=limit(100), order=order("asc"))
 async def list_messages(call: Call) -> Answer:
-    """List messages, in order of `seq`."""
+    """List messages, in order of seq."""
     return json_answer(await (await call.session()).messages(**call.options))
 
 
 @operation(Gives(200, Message), refuses=["message-not-found"])
 async def get_message(call: Call) -> Answer:
-    """Get one message, by its `seq`."""
+    """Get one message, by its seq."""
     seq = call.path["seq"]
     if not _is_seq(seq):
         raise InvalidInput("seq", "must be a whole number")
@@ -98,7 +101,10 @@ async def get_message(call: Call) -> Answer:
 
 @operation(Gives(204), durability=DURABILITY)
 async def clear_messages(call: Call) -> Answer:
-    """Remove all messages. No `seq` is used again."""
+    """Remove all messages.
+
+    No `seq` is used again.
+    """
     await (await call.session()).clear(**call.options)
     return NO_CONTENT
 
@@ -133,7 +139,10 @@ async def get_history(call: Call) -> Answer:
     durability=DURABILITY,
 )
 async def append_tool_result(call: Call) -> Answer:
-    """Append the result of a tool call, as a message of the role `tool`."""
+    """Append the result of a tool call.
+
+    It is a message of the role `tool`.
+    """
     given = await call.members()
     session = await call.session()
     return json_answer(await session.append_tool_result(**given, **call.options), 201)

@@ -149,8 +149,8 @@ def _tag(operation: Operation) -> str:
 
 
 def _text(operation: Operation) -> str:
-    """What the module of an operation says of itself."""
-    return inspect.cleandoc(sys.modules[operation.handler.__module__].__doc__ or "")
+    """What the module of an operation says of itself, first of all."""
+    return inspect.cleandoc(sys.modules[operation.handler.__module__].__doc__ or "").partition("\n\n")[0]
 
 
 def _said(path: str, method: str, operation: Operation, shown: Shown, responses: dict[str, Any]) -> dict[str, Any]:

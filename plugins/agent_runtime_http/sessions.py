@@ -21,9 +21,10 @@ _NEW: Final = {"user_id": "ada", "system_prompt": "You are a travel agent.", "me
 
 @operation(Gives(200, SessionPage), user_id=USER_ID, limit=limit(50), cursor=CURSOR, order=order("desc"))
 async def list_sessions(call: Call) -> Answer:
-    """List sessions, of all users or of one, by the time they were made.
+    """List sessions, of all users or of one.
 
-    A list that is read while it changes repeats nothing and misses nothing that was there all the time.
+    In the order they were made in. A list that is read while it changes repeats nothing, and misses nothing that was
+    there all the time.
     """
     return json_answer(await call.runtime.list_sessions(**call.options))
 

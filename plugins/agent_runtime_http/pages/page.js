@@ -280,6 +280,7 @@ async function load() {
 }
 
 filter.addEventListener("input", narrow);
+document.querySelector("#token").addEventListener("submit", (event) => { event.preventDefault(); load(); });
 token.addEventListener("change", () => { if (!api) load(); });
 window.addEventListener("hashchange", jump);
 document.addEventListener("keydown", (event) => {
