@@ -55,10 +55,11 @@ def agent_runtime_clients() -> Mapping[str, ClientFactory]:
 
 @hookimpl
 def agent_runtime_commands(app: typer.Typer) -> None:
-    """The commands `serve`, `token` and `torture`."""
-    from .commands import serve, token  # servers are loaded by who serves
+    """The commands `serve`, `openapi`, `token` and `torture`."""
+    from .commands import openapi, serve, token  # servers are loaded by who serves
     from .torture.command import command as torture
 
     app.command()(serve)
+    app.command()(openapi)
     app.command()(token)
     app.command("torture")(torture)

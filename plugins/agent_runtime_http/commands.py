@@ -1,10 +1,10 @@
-"""The commands `serve` and `token`."""
+"""The commands `serve`, `openapi` and `token`."""
 
 from __future__ import annotations
 
 import secrets
 from importlib.util import find_spec
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 import anyio
 import typer
@@ -16,9 +16,16 @@ from agent_runtime.cli.options import ConfigFile, StorageUrl
 from agent_runtime.cli.running import with_place
 from agent_runtime.config import token_digest
 
-__all__ = ["serve", "token"]
+__all__ = ["openapi", "serve", "token"]
 
 Loop: TypeAlias = Literal["asyncio", "trio"]
+
+_NO_DATABASE: Final = {
+    "storage.url": "memory:",
+    "storage.options": {},
+    "journal.enabled": False,
+    "write_behind.durability": "stored",
+}
 
 
 def serve(
@@ -55,6 +62,18 @@ def serve(
         raise Failure(str(error), code=LEFT) from error
     except AgentRuntimeError as error:
         raise with_place(error, settings) from error
+
+
+def openapi(config: ConfigFile = None) -> None:
+    """Print the OpenAPI document of the server that this configuration makes, with what its plugins bring.
+
+    No database is opened for it.
+    """
+    from .serve import describe
+
+    settings = load_config(config, overrides=_NO_DATABASE)
+    configure_logging(settings)
+    typer.echo(anyio.run(describe, settings))
 
 
 def token() -> None:

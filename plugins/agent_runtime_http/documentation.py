@@ -17,8 +17,9 @@ from .answers import Answer
 from .openapi import document
 from .operations import Gives, Operation, Operations, operation
 from .resources import Call
+from .service import Service
 
-__all__ = ["PAGES", "documented"]
+__all__ = ["PAGES", "documented", "openapi"]
 
 _FILES: Final[Mapping[str, tuple[str, str]]] = {
     "/docs": ("docs.html", "text/html; charset=utf-8"),
@@ -47,20 +48,25 @@ def documented(operations: Operations) -> Operations:
 
         It has what the plugins of this server bring, too.
         """
-        return Answer(_encoded(call, everything))
+        return Answer(openapi(call.service, everything, call.root))
 
     everything = {**operations, "/openapi.json": {"GET": get_openapi}}
     return everything
 
 
-def _encoded(call: Call, operations: Operations) -> bytes:
-    """The document, made once for as long as the runtime is open and the application stays where it is mounted."""
-    call.service.running()
-    extensions = call.service.extensions
-    if extensions.document is None or extensions.document[0] != call.root:
-        authenticates = extensions.authenticates or bool(call.service.tokens)
-        made = document(operations, extensions.routes, root=call.root, authenticates=authenticates)
-        extensions.document = call.root, msgspec.json.encode(made)
+def openapi(service: Service, operations: Operations, root: str = "") -> bytes:
+    """The document, made once for as long as the runtime is open and the application stays where it is mounted.
+
+    Raises:
+        PluginError: a plugin describes a route in a wrong way.
+        RuntimeClosed: the runtime is not open.
+    """
+    service.running()
+    extensions = service.extensions
+    if extensions.document is None or extensions.document[0] != root:
+        authenticates = extensions.authenticates or bool(service.tokens)
+        made = document(operations, extensions.routes, root=root, authenticates=authenticates)
+        extensions.document = root, msgspec.json.encode(made)
     return extensions.document[1]
 
 

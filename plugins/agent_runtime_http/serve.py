@@ -18,15 +18,17 @@ from importlib.metadata import version
 from typing import Final
 
 import anyio
+import msgspec
 from anyio.abc import TaskStatus
 
 from agent_runtime import AgentRuntimeError, Config, ConfigError, DrainIncomplete, LeaseLost, Runtime
 
-from .application import create_app, lifespan
+from .application import OPERATIONS, create_app, lifespan
+from .documentation import openapi
 from .engines import Engine, Loop, engine_for
 from .service import Service
 
-__all__ = ["run_server"]
+__all__ = ["describe", "run_server"]
 
 logger: Final = logging.getLogger("agent_runtime.http")
 
@@ -72,6 +74,17 @@ async def run_server(config: Config, loop: Loop, announce: Callable[[str], None]
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def describe(config: Config) -> str:
+    """The OpenAPI document of the server of a configuration. Its runtime is opened, and closed again.
+
+    Raises:
+        PluginError: a plugin describes a route in a wrong way.
+    """
+    app = create_app(config)
+    async with lifespan(app):
+        return msgspec.json.format(openapi(app.state.service, OPERATIONS)).decode()
 
 
 async def _serve(engine: Engine, listener: socket.socket, ended: anyio.Event) -> None:
