@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Final, Protocol
 
 import anyio
@@ -21,8 +20,9 @@ from .records import Durability, Watermarks
 
 __all__ = ["Log", "Writes"]
 
-_TICK_S: Final = 0.01
-"""Between two looks at who has waited too long, at least: looking costs time for everyone who waits."""
+_LATE: Final = 0.01
+"""The part of its time that a wait may take longer: many that end one by one wake the others a hundred times."""
+_TICK_S: Final = 0.01  # and no less than this
 
 
 class Writes(Protocol):
@@ -39,66 +39,57 @@ class Writes(Protocol):
         """Write one encoded change, or raise JournalError."""
 
 
-class _Waiter:
-    __slots__ = ("deadline", "error", "event", "sequence")
-
-    def __init__(self, sequence: int, deadline: float) -> None:
-        self.sequence = sequence
-        self.deadline = deadline
-        self.event = anyio.Event()
-        self.error: AgentRuntimeError | None = None
-
-
-_sequence_of: Final = attrgetter("sequence")
-
-
 class _Watermark:
-    """How far the log has come in one respect, and who waits for it to come further, by sequence."""
+    """How far the log has come in one respect, and who waits for it to come further.
+
+    All who wait share one event and one timer, and each looks for itself whether it has what it wants: an event and a
+    cancel scope for each would cost more than its append.
+    """
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
         self.on_demand: Callable[[], None] = _nobody
-        self.waiters: list[_Waiter] = []
+        self.waiting = 0
+        self._news = anyio.Event()
+        self._due = math.inf  # no later than the earliest deadline of those who wait
         self._stopped: AgentRuntimeError | None = None
 
     def advance(self, sequence: int) -> None:
         self.sequence = sequence
-        reached = bisect_right(self.waiters, sequence, key=_sequence_of)
-        for waiter in self.waiters[:reached]:
-            waiter.event.set()
-        del self.waiters[:reached]
+        self._tell()
 
     def stop(self, error: AgentRuntimeError) -> None:
         self._stopped = error
-        for waiter in self.waiters:
-            waiter.error = error
-            waiter.event.set()
-        self.waiters.clear()
+        self._tell()
 
     def expire(self, now: float) -> float:
-        """Wake whose time is up. Returns when that of the next one will be."""
-        for waiter in [waiter for waiter in self.waiters if waiter.deadline <= now]:
-            waiter.event.set()
-            self.waiters.remove(waiter)
-        return min((waiter.deadline for waiter in self.waiters), default=math.inf)
+        """Wake those who wait if the time of one of them is up. Returns when it will be for those still there."""
+        if self._due <= now:
+            self._tell()
+        return self._due
+
+    def _tell(self) -> None:
+        if self.waiting:
+            self.waiting = 0
+            self._due = math.inf
+            self._news.set()
+            self._news = anyio.Event()
 
     async def wait(self, sequence: int, deadline: float = math.inf) -> None:
-        if sequence <= self.sequence:
-            return
-        if self._stopped is not None:
-            raise again(self._stopped)
-        waiter = _Waiter(sequence, deadline)
-        insort(self.waiters, waiter, key=_sequence_of)
-        self.on_demand()
-        try:
-            await waiter.event.wait()
-        finally:
-            if not waiter.event.is_set():
-                self.waiters.remove(waiter)
-        if waiter.error is not None:
-            raise again(waiter.error)
-        if sequence > self.sequence:
-            raise TimeoutError
+        while sequence > self.sequence:
+            if self._stopped is not None:
+                raise again(self._stopped)
+            if deadline <= anyio.current_time():
+                raise TimeoutError
+            news = self._news
+            self.waiting += 1
+            self._due = min(self._due, deadline)
+            self.on_demand()
+            try:
+                await news.wait()
+            finally:
+                if news is self._news:  # cancelled
+                    self.waiting -= 1
 
 
 class Log:
@@ -142,12 +133,12 @@ class Log:
     @property
     def store_awaited(self) -> bool:
         """Whether anyone waits for a change to be stored."""
-        return bool(self._stored.waiters)
+        return self._stored.waiting > 0
 
     @property
     def sync_awaited(self) -> bool:
         """Whether anyone waits for a change to be synced."""
-        return bool(self._synced.waiters)
+        return self._synced.waiting > 0
 
     def on_demand(self, *, store: Callable[[], None] | None = None, sync: Callable[[], None] | None = None) -> None:
         """Whom to call when somebody begins to wait."""
@@ -247,13 +238,14 @@ class Log:
     async def expire(self) -> None:
         """Until cancelled, wake who has waited too long.
 
-        One timer serves all, for a cancel scope for each costs as much as an append. It need not be told of a new
-        waiter: all wait equally long, so none is due before those that are there, or before `timeout_s` from now.
+        This need not be told of a new waiter: all wait equally long, so none is due before those that are there, or
+        before `timeout_s` from now.
         """
+        pause_s = max(_TICK_S, _LATE * self.timeout_s)
         while True:
             now = anyio.current_time()
             due = min(self._stored.expire(now), self._synced.expire(now), now + self.timeout_s)
-            await anyio.sleep_until(max(due, now + _TICK_S))
+            await anyio.sleep_until(max(due, now + pause_s))
 
     def _check_quarantined(self, first: int, last: int) -> None:
         low = bisect_left(self._quarantined, first)
