@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -139,6 +140,26 @@ async def test_synced_waits_for_a_sync_that_many_share(
                 tasks.start_soon(one)
         assert runtime.watermarks.stored == 0
         assert 1 <= len(syncs) - before <= 2
+
+
+async def test_synced_waits_for_a_disk_that_syncs_again(place: JournaledPlace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no sync succeeds, in new files either, nothing is said to survive a power loss."""
+    fdatasync = os.fdatasync
+
+    def failing(_number: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with place.open(journal={"sync_interval_s": NEVER_S}, write_behind={"durability_timeout_s": 0.3}) as runtime:
+        session = await runtime.create_session("a")
+        before = runtime.watermarks.synced
+        monkeypatch.setattr(os, "fdatasync", failing)
+        with pytest.raises(DurabilityNotReached) as caught:
+            await session.append("user", "x", durability="synced")
+        assert caught.value.reached == "journaled"
+        assert runtime.watermarks.synced == before
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+        await session.append("user", "y", durability="stored")
+        assert runtime.watermarks.synced == runtime.watermarks.accepted
 
 
 async def test_the_journal_is_synced_behind_the_callers_backs(place: JournaledPlace) -> None:
