@@ -87,7 +87,7 @@ def install(failpoint: Freezing) -> None:
 
         return opened
 
-    PluginManager.storage_for = recorded  # type: ignore[method-assign,assignment]
+    PluginManager.storage_for = recorded  # type: ignore[assignment, method-assign]
     failpoints.install(failpoint)
 
 

@@ -223,9 +223,9 @@ class LeaseSection(_Section):
 
     duration_s: float = _key(10.0, "Seconds after which the lease of a silent holder may be taken.", ge=1)
     unreachable: Literal["continue", "refuse"] = _key(
-        "continue", "What becomes of writes while the lease has expired because the database is away."
+        "continue", "Whether writes continue, or are refused, while the lease has expired because the database is away."
     )
-    wait: bool = _key(False, "Whether to wait for a lease that another runtime holds.")
+    wait: bool = _key(False, "Whether to wait for a lease that another runtime holds, and take over after it.")
 
 
 class RetentionSection(_Section):

@@ -5,7 +5,7 @@ default one lies beside a file of a database, and there may be more: `<file>.jou
 holder that is frozen keeps the lock on its directory, and so may a forked child of one that is dead; whoever takes over
 takes the next one. So the rule is:
 
-- If the first directory is locked, and the lease of whoever has the database has not expired, that is who has it.
+- If the first directory is locked, and somebody has a lease of the database that has not expired, that is who has it.
 - Else the first directory that can be locked is ours; but rather one whose changes go on where the database ends.
 - All others that can be locked are brought in and emptied; the ones that can't be are named as unfinished.
 """
@@ -99,6 +99,16 @@ class Taken:
         if directory.journal_id is not None:
             self.journal_ids.add(directory.journal_id)
         return directory
+
+    def leave(self, files: JournalFiles, holder: str | None = None) -> None:
+        """This one can't be had: it is named, and comes in when it is opened again."""
+        try:
+            journal_id = read_directory(files).journal_id
+        except JournalError:
+            journal_id = None
+        if journal_id is not None:
+            self.journal_ids.add(journal_id)
+        self.unfinished.append(Unfinished(place=files.place, journal_id=journal_id, holder=holder))
 
     def close(self) -> None:
         """Give all of them back."""
@@ -226,9 +236,9 @@ async def _take_all(storage: Storage, files: JournalFiles | None, first: Path, t
             free.append(await _look(storage, taken, files))
         else:
             refusal = await holder_of(storage, files)
-            if refusal.expires_in_s is None or refusal.expires_in_s > 0:
+            if refusal.expires_in_s is not None and refusal.expires_in_s > 0:
                 raise refusal
-            taken.unfinished.append(Unfinished(place=files.place, holder=refusal.holder))
+            taken.leave(files, None if refusal.expires_in_s is None else refusal.holder)
     for path in _beside(first):
         other = LocalFiles(path)
         try:
@@ -237,7 +247,7 @@ async def _take_all(storage: Storage, files: JournalFiles | None, first: Path, t
                 continue
         except JournalError as error:
             logger.warning("a journal is left as it is: %s", error)
-        taken.unfinished.append(Unfinished(place=other.place))
+        taken.leave(other)
     if files is not None:
         if not free:
             files = LocalFiles(next(path for path in _numbered(first) if not path.exists()))

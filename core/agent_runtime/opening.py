@@ -140,8 +140,14 @@ async def _claim(config: Config, storage: Storage, taken: Taken, address: str | 
         try:
             if lease.grant.sequence == found.watermark:
                 if overtaken is None:
-                    unfinished = [*taken.unfinished, *_left_by(found.lease, taken)]
-                    return Opening(lease, taken, identity, tuple(unfinished))
+                    unfinished = tuple(_unfinished(found.lease, taken))
+                    for each in unfinished:
+                        logger.warning(
+                            "the journal %s%s may have changes that are not stored: they come in when it is opened",
+                            each.place or each.journal_id,
+                            "" if each.holder is None else f" of {each.holder}",
+                        )
+                    return Opening(lease, taken, identity, unfinished)
                 await replay(overtaken, lease)
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -150,18 +156,12 @@ async def _claim(config: Config, storage: Storage, taken: Taken, address: str | 
         await lease.release()  # what was compared is no longer so
 
 
-def _left_by(lease: LeaseRow | None, taken: Taken) -> Iterator[Unfinished]:
-    """The journal of the last holder, if that did not stop in order, and its journal is not here."""
-    if lease is None or lease.holder is None or lease.journal_id is None:
-        return
-    if lease.journal_id not in taken.journal_ids:
-        logger.warning(
-            "%s did not stop in order and kept the journal %s: what it had not stored comes back when that one is "
-            "opened",
-            lease.holder,
-            lease.journal_id,
-        )
-        yield Unfinished(journal_id=lease.journal_id, holder=lease.holder)
+def _unfinished(lease: LeaseRow | None, taken: Taken) -> Iterator[Unfinished]:
+    """The journals that were not to be had, and that of a last holder that did not stop in order."""
+    yield from taken.unfinished
+    left = None if lease is None or lease.holder is None else lease.journal_id
+    if lease is not None and left is not None and left not in taken.journal_ids:
+        yield Unfinished(journal_id=left, holder=lease.holder)
 
 
 def check_pairing(directory: Directory, found: Found, abilities: Abilities) -> None:

@@ -8,7 +8,7 @@ import anyio
 import pytest
 from msgspec.structs import replace
 
-from agent_runtime.errors import LeaseHeld, LeaseLost
+from agent_runtime.errors import LeaseHeld, LeaseLost, SequenceMismatch
 from agent_runtime.storage import Fence, Grant, Storage
 
 from .contract import NewStorage, Opener, StorageContract, needs
@@ -193,6 +193,28 @@ class LeaseContract(StorageContract):
             assert confirmed is not None
             assert (confirmed.generation, confirmed.previous_generation, confirmed.sequence) == (3, 3, 4)
             assert untouched == another
+
+    @needs("reopening")
+    async def test_a_journal_that_comes_in_late_has_its_row_moved_by_whoever_writes(self, opener: Opener) -> None:
+        """The row says how far the changes of that journal are dealt with, whatever the sequence of the batch is."""
+        async with writing(opener, journal_id="j", generation=1) as writer:
+            await writer.create("a")
+        for journal_id, sequence in ((None, 7), ("k", 9), ("j", 8)):
+            async with writing(opener, journal_id=journal_id, generation=2) as writer:
+                receipt = await writer.apply(replayed=(("j", sequence), ("never seen", 5)))
+                assert receipt.last == writer.sequence < 7
+                async with writer.storage.snapshot() as snapshot:
+                    row, unknown = await snapshot.journal("j"), await snapshot.journal("never seen")
+                    assert snapshot.watermark == receipt.last
+                assert row is not None
+                assert (row.sequence, unknown) == (sequence, None)
+        async with writing(opener, journal_id="k", generation=3) as writer:
+            stale = replace(writer.batch(replayed=(("j", 1),)), after=0, last=1)
+            with pytest.raises(SequenceMismatch):
+                await writer.storage.apply(stale, writer.fence)
+            async with writer.storage.snapshot() as snapshot:
+                unmoved = await snapshot.journal("j")
+            assert unmoved == row
 
     @needs("openings")
     async def test_a_journal_reclaims_its_lease_at_once(self, opener: Opener) -> None:
