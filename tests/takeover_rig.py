@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -37,7 +38,11 @@ POINTS = (
 )
 CALLERS = 6
 PATIENCE_S = 60.0
-GRACE_S = 6.0  # a holder that is frozen within a transaction on SQLite keeps all others out
+GRACE_S = 15.0
+"""A holder that is frozen within a transaction on SQLite keeps all others out: after this it is killed."""
+
+
+_LATE = re.compile(r"(\d+) change\(s\) of the journal \S+ came in late; (\d+) went to quarantine")
 
 
 class Call(NamedTuple):
@@ -56,6 +61,7 @@ class Figures:
         self.retried = 0
         self.woken = 0
         self.late = 0
+        self.orphaned = 0
         self.takeover_s: list[float] = []
 
 
@@ -211,7 +217,7 @@ class Takeovers:
                 old, began = self._holder, time.monotonic()
                 fate = await self._strike(old, number)
                 self.figures.fates[fate] += 1
-                if not await self._ready(standby, giving_up=old):
+                if not await self._ready(standby, giving_up=old if fate == "stop" else None):
                     self.figures.fates["frozen within a transaction"] += 1
                 self.figures.takeover_s.append(time.monotonic() - began)
                 self._holder = standby
@@ -222,6 +228,10 @@ class Takeovers:
                 await self._end(old)
                 standby, at = await self.start(at), 1 - at
             load.cancel_scope.cancel()
+        for child in self.children:
+            for late, orphaned in _LATE.findall(child.said()):
+                self.figures.late += int(late)
+                self.figures.orphaned += int(orphaned)
         standby.signal(signal.SIGKILL)
         await self._end(standby)
         self._holder.signal(signal.SIGKILL)

@@ -33,18 +33,19 @@ from anyio.lowlevel import checkpoint
 from msgspec import Raw
 from msgspec.structs import replace
 
-from .changes import Change, Details, EncodedMessage, Late, decode_change
+from .budget import CHANGE_BYTES, Budget
+from .changes import Change, Details, EncodedMessage, Late, decode_change, encode_change
 from .directories import Overtaken
 from .door import CREATION_SCOPE, Door, Plan
 from .errors import JournalCorrupt, JournalError, Overloaded, Quarantined, StorageUnavailable
 from .journal import Frame
 from .journal.headers import number_of, segment_name
 from .log import Log
-from .quarantine import Quarantine
 from .reads import Reads
 from .records import LATE
 from .residents import Resident
 from .rows import DocumentRow, OutcomeRow
+from .scheduler import Pending, Scheduler
 
 __all__ = ["MARK", "LateReplay"]
 
@@ -89,8 +90,9 @@ class LateReplay:
         *,
         door: Door,
         log: Log,
+        budget: Budget,
         reads: Reads,
-        quarantine: Quarantine,
+        scheduler: Scheduler,
         flush: Callable[[], Awaitable[None]],
     ) -> None:
         self._files = overtaken.files
@@ -100,7 +102,8 @@ class LateReplay:
         self._door = door
         self._log = log
         self._reads = reads
-        self._quarantine = quarantine
+        self._budget = budget
+        self._scheduler = scheduler
         self._flush = flush
         self._stories: dict[str, _Story] = {}
         self._orphans = 0
@@ -203,7 +206,7 @@ class LateReplay:
     async def _finish(self, end: int) -> None:
         """When all is stored, the journal's row says so, and stands where the database does if the journal is ours."""
         sequence = self._log.next
-        self._quarantine.settle(
+        self._settle(
             Change(
                 sequence=sequence,
                 previous=0,
@@ -217,6 +220,17 @@ class LateReplay:
             )
         )
         await self._store()
+
+    def _settle(self, change: Change) -> None:
+        """Put a change into the log that belongs to no session that is there: void, or an orphan."""
+        data = encode_change(change)
+        size = CHANGE_BYTES + len(data)
+        self._log.accept(change.sequence, data)
+        self._budget.charge(size)
+        if change.orphaned is None:
+            self._scheduler.add(Pending(change, None, size))
+        else:
+            self._scheduler.orphan(change, size)
 
     async def _store(self) -> None:
         """Wait until all that came in is stored; some of it in quarantine."""
@@ -286,7 +300,7 @@ class LateReplay:
         self._orphans += 1
         reason = "came in late: its session had been deleted"
         late = Late(self._journal_id, change.sequence, reason)
-        self._quarantine.settle(replace(change, sequence=self._log.next, previous=0, late=late))
+        self._settle(replace(change, sequence=self._log.next, previous=0, late=late))
 
     def _reborn(self, change: Change, story: _Story) -> Change:
         """A session that nobody knows: as it was, without what is removed later on."""

@@ -120,12 +120,6 @@ class Quarantine:
         self._budget = budget
         self._residents = residents
         self._scheduler = scheduler
-        self._orphans: Counter[str] = Counter()
-
-    @property
-    def orphans(self) -> int:
-        """How many changes are here whose session was deleted."""
-        return self._orphans.total()
 
     async def restore(self) -> int:
         """At open: bring every held session into memory. Returns how many changes there are."""
@@ -136,7 +130,7 @@ class Quarantine:
             async for row in quarantine_rows(snapshot):
                 change = decode_change(row.change)
                 if change.orphaned is not None:
-                    self._orphans[change.session_id] += 1
+                    self._scheduler.orphans[change.session_id] += 1
                     count += 1
                     continue
                 held.setdefault(row.incarnation, []).append(change)
@@ -172,7 +166,7 @@ class Quarantine:
             InvalidInput: only changes are that came when the session had been deleted.
             Quarantined: the database refuses a change again.
         """
-        if self._orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
+        if self._scheduler.orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
             raise InvalidInput("session", f"{session_id!r} was deleted before these changes came: they can be dropped")
         resident = await self._held(session_id)
         changes = self._resequence(resident.sequence, resident.held)
@@ -190,7 +184,7 @@ class Quarantine:
             SessionNotFound: nothing of this session is in quarantine.
             Quarantined: the database refuses another one.
         """
-        if self._orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
+        if self._scheduler.orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
             await self._drop_orphans(session_id)
             return 0
         resident = await self._held(session_id)
@@ -220,15 +214,6 @@ class Quarantine:
         await self._log.wait_stored(changes[0].sequence, changes[-1].sequence)
         return left
 
-    def settle(self, change: Change) -> None:
-        """Put a change into the log that belongs to no session that is there: void, or an orphan."""
-        size = self._accept([change])[0]
-        if change.orphaned is None:
-            self._scheduler.add(Pending(change, None, size))
-        else:
-            self._orphans[change.session_id] += 1
-            self._scheduler.orphan(change, size)
-
     async def _drop_orphans(self, session_id: str) -> None:
         self._door.check_open()
         await self._log.wait_stored(self._log.accepted + 1, self._log.accepted)
@@ -238,11 +223,12 @@ class Quarantine:
             ]
         orphans = [change for change in found if change.orphaned is not None]
         self._door.check_open()
-        if not orphans or not self._orphans.pop(session_id, 0):
+        if not orphans or not self._scheduler.orphans.pop(session_id, 0):
             raise SessionNotFound(session_id)
         dropped = [msgspec.structs.replace(change, void=True, late=None) for change in orphans]
-        for change in (changes := self._resequence(0, dropped)):
-            self.settle(change)
+        changes = self._resequence(0, dropped)
+        for change, size in zip(changes, self._accept(changes), strict=True):
+            self._scheduler.add(Pending(change, None, size))
         await self._log.wait_stored(changes[0].sequence, changes[-1].sequence)
 
     async def _held(self, session_id: str) -> Resident:

@@ -341,7 +341,7 @@ class Runtime:
             journal=None if self._journal is None else self._journal.journal,
             door=self._door,
             fenced=self._fenced,
-            orphans=self._quarantine.orphans,
+            orphans=self._scheduler.orphans.total(),
             unfinished=self._unfinished,
         )
 
@@ -390,8 +390,9 @@ class Runtime:
                         each,
                         door=self._door,
                         log=self._log,
+                        budget=self._budget,
                         reads=self._reads,
-                        quarantine=self._quarantine,
+                        scheduler=self._scheduler,
                         flush=self.flush,
                     ).run(ours=ours)
                 async with AsyncExitStack() as lifespans:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
@@ -107,7 +107,7 @@ class FlushFigures(msgspec.Struct, kw_only=True):
 
 
 class Scheduler:
-    """Owns the unstored changes of all sessions."""
+    """Owns the unstored changes of all sessions. `orphans` counts those in quarantine of deleted ones, by session id."""
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class Scheduler:
         random: Callable[[], float],
     ) -> None:
         self.figures = FlushFigures()
+        self.orphans: Counter[str] = Counter()
         self._storage = storage
         self._fence = fence
         self._log = log
@@ -183,6 +184,7 @@ class Scheduler:
     def orphan(self, change: Change, size: int) -> None:
         """As `add`, for a change that goes to quarantine by itself: its session is not there any more."""
         self.figures.quarantined += 1
+        self.orphans[change.session_id] += 1
         self._observers.change_quarantined(change, SessionNotFound(change.session_id))
         self.add(Pending(change, None, size))
 
