@@ -12,8 +12,8 @@ all who wait for it share; no history is loaded to write.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from typing import Final, Generic, TypeVar, cast, get_args
 
@@ -153,36 +153,90 @@ class Door:
             await self._load(session_id)
 
     async def resident(self, session_id: str, incarnation: str) -> Resident:
-        """The session that a handle means.
+        """The session that a handle means, loaded if need be.
 
         Raises:
             SessionNotFound: it is deleted; perhaps another one has its id.
         """
-        resident = await self.locate(session_id)
+        while (resident := self.find(session_id, incarnation)) is None:
+            await self._load(session_id)
+        return resident
+
+    def find(self, session_id: str, incarnation: str) -> Resident | None:
+        """The session that a handle means, if it is in memory; None when it is to be loaded.
+
+        Raises:
+            SessionNotFound: it is deleted; perhaps another one has its id.
+        """
+        if self._closed is not None:
+            raise again(self._closed)
+        resident = self.residents.find(session_id)
+        if isinstance(resident, Unknown):
+            return None
         if resident is None or resident.incarnation != incarnation or resident.deleted:
             raise SessionNotFound(session_id)
         return resident
 
+    @asynccontextmanager
+    async def reading(
+        self, session_id: str, incarnation: str, resident: Resident | None
+    ) -> AsyncIterator[tuple[Resident, Snapshot]]:
+        """A session, and a view to lay its changes over; `resident` is what `find` said of it just now.
+
+        A session that has to be loaded is loaded in that same view.
+        """
+        while resident is None and session_id in self._flights:
+            await self._load(session_id)
+            resident = self.find(session_id, incarnation)
+        if resident is not None:
+            async with self.view(resident) as snapshot:
+                yield resident, snapshot
+            return
+        with self._flight(session_id) as land:
+            async with self.view(None) as snapshot:
+                self.residents.admit(session_id, await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX))
+                resident = await self.resident(session_id, incarnation)  # at once
+                pin = self.residents.open_view(resident, self.log.stored)
+                land()
+                try:
+                    yield resident, snapshot
+                finally:
+                    self.residents.close_view(pin)
+
     async def _load(self, session_id: str, *, cold: bool = False) -> None:
-        """Bring a session into memory, or that there is none. Many who want the same one share a load."""
-        self.residents.missed(cold=cold)
+        """Bring a session into memory, or that there is none, for the caller's next step."""
         flight = self._flights.get(session_id)
         if flight is not None:
+            self.residents.missed(cold=cold)
             await flight.landed.wait()
             if flight.error is not None:
                 raise again(flight.error)
             return
-        flight = self._flights[session_id] = _Flight()
-        try:
+        with self._flight(session_id, cold=cold):
             async with self.view(None) as snapshot:
                 rows = await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX)
+            # Not before: without room, the view's end would let it go again.
             self.residents.admit(session_id, rows, cold=cold)
+
+    @contextmanager
+    def _flight(self, session_id: str, *, cold: bool = False) -> Iterator[Callable[[], None]]:
+        """Load a session. Many who want the same one share a load: until this is left, or says that it has landed."""
+        self.residents.missed(cold=cold)
+        flight = self._flights[session_id] = _Flight()
+
+        def land() -> None:
+            if not flight.landed.is_set():
+                del self._flights[session_id]
+                flight.landed.set()
+
+        try:
+            yield land
         except StorageError as error:
-            flight.error = error
+            if not flight.landed.is_set():
+                flight.error = error
             raise
         finally:
-            del self._flights[session_id]
-            flight.landed.set()
+            land()
 
     @asynccontextmanager
     async def view(self, resident: Resident | None) -> AsyncIterator[Snapshot]:

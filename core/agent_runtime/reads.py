@@ -33,10 +33,11 @@ _CHUNK: Final = 500
 T = TypeVar("T")
 
 read_message: Final[Callable[[Raw | bytes | str], Message]] = msgspec.json.Decoder(Message).decode
+_decode: Final[Callable[[str], Any]] = msgspec.json.Decoder().decode
 
 
 def _message(row: MessageRow) -> Message:
-    decode = msgspec.json.decode
+    decode = _decode
     return Message(
         seq=row.seq,
         id=row.id,
@@ -104,7 +105,7 @@ class _Span:
         self._ceiling = ceiling
         self._messages: list[Message] = []
         self.high = self._goal
-        self.more = True
+        self.more = self.high > resident.floor
 
     @property
     def _goal(self) -> int:
@@ -156,14 +157,16 @@ class Reads:
         self, session_id: str, incarnation: str, *, after: int | None, limit: int, order: Order
     ) -> Page[Message]:
         """A page of messages, in order of seq; `after` is the seq that the page comes behind."""
-        resident = await self._door.resident(session_id, incarnation)
-        page = self._newer(resident, after or 0, limit) if order == "asc" else self._older(resident, after, limit)
+        page, resident = None, self._door.find(session_id, incarnation)
+        if resident is not None:
+            page = self._newer(resident, after or 0, limit) if order == "asc" else self._older(resident, after, limit)
         if page is None:
-            page = await (
-                self._read_newer(resident, after or 0, limit)
-                if order == "asc"
-                else self._read_older(resident, after, limit)
-            )
+            async with self._door.reading(session_id, incarnation, resident) as (resident, snapshot):
+                page = await (
+                    self._read_newer(snapshot, resident, after or 0, limit)
+                    if order == "asc"
+                    else self._read_older(snapshot, resident, after, limit)
+                )
         items = page[:limit]
         return Page(items, items[-1].seq if len(page) > limit else None)
 
@@ -183,32 +186,33 @@ class Reads:
             return None
         return [read_message(raw) for raw in reversed(resident.tail[max(0, end - limit - 1) : end])]
 
-    async def _read_newer(self, resident: Resident, after: int, limit: int) -> list[Message]:
-        async with self._door.view(resident) as snapshot:
-            span = _Span(snapshot, resident)
-            while span.more and len(span.visible()) <= limit:
-                await span.read_newer(max(after, resident.floor), limit + 1)
+    async def _read_newer(self, snapshot: Snapshot, resident: Resident, after: int, limit: int) -> list[Message]:
+        span = _Span(snapshot, resident)
+        found: list[Message] = []
+        while span.more and len(found) <= limit:
+            await span.read_newer(max(after, resident.floor), limit + 1)
             found = span.visible()
-            self._check(resident)
-            if len(found) <= limit:
-                start = bisect_right(resident.tail_seqs, after)
-                found += map(read_message, resident.tail[start : start + limit + 1 - len(found)])
-            return found
+        self._check(resident)
+        if len(found) <= limit:
+            start = bisect_right(resident.tail_seqs, after)
+            found += map(read_message, resident.tail[start : start + limit + 1 - len(found)])
+        return found
 
-    async def _read_older(self, resident: Resident, before: int | None, limit: int) -> list[Message]:
-        async with self._door.view(resident) as snapshot:
-            span = _Span(snapshot, resident, ceiling=None if before is None else before - 1)
-            while True:
-                end = len(resident.tail) if before is None else bisect_left(resident.tail_seqs, before)
-                found = [each for each in span.visible() if before is None or each.seq < before]
-                if not span.more or len(found) + end > limit:
-                    break
-                await span.read_older(limit + 1)
-            self._check(resident)
-            found += map(read_message, resident.tail[:end])
-            if before is None:
-                self._warm(resident, span)
-            return found[: -limit - 2 : -1]
+    async def _read_older(
+        self, snapshot: Snapshot, resident: Resident, before: int | None, limit: int
+    ) -> list[Message]:
+        span = _Span(snapshot, resident, ceiling=None if before is None else before - 1)
+        while True:
+            end = len(resident.tail) if before is None else bisect_left(resident.tail_seqs, before)
+            found = [each for each in span.visible() if before is None or each.seq < before]
+            if not span.more or len(found) + end > limit:
+                break
+            await span.read_older(limit + 1)
+        self._check(resident)
+        found += map(read_message, resident.tail[:end])
+        if before is None:
+            self._warm(resident, span)
+        return found[: -limit - 2 : -1]
 
     async def message(self, session_id: str, incarnation: str, seq: int) -> Message | None:
         """One message; None when there is none with this seq."""
@@ -217,36 +221,45 @@ class Reads:
 
     async def history(self, session_id: str, incarnation: str, limit: int | None) -> list[dict[str, Any]]:
         """The history in chat format, valid for a model; with `limit`, its newest whole tool groups."""
-        resident = await self._door.resident(session_id, incarnation)
-        return await self._read_history(resident, limit, lambda history: history)
+        resident = self._door.find(session_id, incarnation)
+        return await self._read_history(session_id, incarnation, resident, limit, lambda _resident, history: history)
 
     async def history_json(self, session_id: str, incarnation: str, limit: int | None) -> bytes:
         """The history as JSON text; kept with the resident until its messages change."""
-        resident = await self._door.resident(session_id, incarnation)
-        kept = resident.chat
-        if kept is not None and kept[0] == limit:
-            return kept[1]
+        resident = self._door.find(session_id, incarnation)
+        if resident is not None and resident.chat is not None and resident.chat[0] == limit:
+            return resident.chat[1]
 
-        def encode(history: list[dict[str, Any]]) -> bytes:
+        def encode(resident: Resident, history: list[dict[str, Any]]) -> bytes:
             data = encode_to_keep(history)
             self._door.residents.keep_chat(resident, limit, data)
             return data
 
-        return await self._read_history(resident, limit, encode)
+        return await self._read_history(session_id, incarnation, resident, limit, encode)
 
     async def _read_history(
-        self, resident: Resident, limit: int | None, finish: Callable[[list[dict[str, Any]]], T]
+        self,
+        session_id: str,
+        incarnation: str,
+        resident: Resident | None,
+        limit: int | None,
+        finish: Callable[[Resident, list[dict[str, Any]]], T],
     ) -> T:
-        """What `finish` makes of the history, in the step in which it is true, and while the resident is in memory."""
-        whole = resident.tail_from <= resident.floor
-        if whole or (limit is not None and resident.lead_known):
-            history = self._history(resident, [], limit, at_start=whole)
-            if history is not None:
-                return finish(history)
-        async with self._door.view(resident) as snapshot:
+        """What `finish` makes of the history, in the step in which it is true, and while the resident is in memory.
+
+        `resident` is what the door found of it just now.
+        """
+        if resident is not None:
+            whole = resident.tail_from <= resident.floor
+            if whole or (limit is not None and resident.lead_known):
+                history = self._history(resident, [], limit, at_start=whole)
+                if history is not None:
+                    return finish(resident, history)
+        async with self._door.reading(session_id, incarnation, resident) as (resident, snapshot):
             span = _Span(snapshot, resident)
             while True:
-                await span.read_older(_CHUNK if limit is None else max(limit, 50))
+                if span.more:
+                    await span.read_older(_CHUNK if limit is None else max(limit, 50))
                 if span.more and limit is None:
                     continue
                 if span.more and not resident.lead_known:
@@ -259,7 +272,7 @@ class Reads:
                 history = self._history(resident, span.visible(), limit, at_start=whole)
                 if history is not None:
                     self._warm(resident, span)
-                    return finish(history)
+                    return finish(resident, history)
 
     @staticmethod
     async def _first(snapshot: Snapshot, resident: Resident) -> Message | None:
@@ -326,11 +339,12 @@ class Reads:
 
     async def switches(self, session_id: str, incarnation: str) -> list[AgentSwitch]:
         """All hand-overs, oldest first."""
-        resident = await self._door.resident(session_id, incarnation)
-        if resident.context.switch_count == 0:
+        resident = self._door.find(session_id, incarnation)
+        if resident is not None and resident.context.switch_count == 0:
             return []
-        async with self._door.view(resident) as snapshot:
-            rows = {row.number: row for row in await snapshot.switches(incarnation)}
+        async with self._door.reading(session_id, incarnation, resident) as (resident, snapshot):
+            stored = await snapshot.switches(incarnation) if resident.context.switch_count else ()
+            rows = {row.number: row for row in stored}
             rows.update((row.number, row) for change in resident.changes for row in change.switches)
             self._check(resident)
             return [_switch(rows[number]) for number in sorted(rows)]
@@ -344,11 +358,12 @@ class Reads:
         self, session_id: str, incarnation: str, collection: str, key: str
     ) -> tuple[DocumentRow | None, int]:
         """One document's row, and the resident's `documents_at` for which that holds."""
-        resident = await self._door.resident(session_id, incarnation)
-        known, row = self._pending_document(resident, collection, key)
-        if known:
-            return row, resident.documents_at
-        async with self._door.view(resident) as snapshot:
+        resident = self._door.find(session_id, incarnation)
+        if resident is not None:
+            known, row = self._pending_document(resident, collection, key)
+            if known:
+                return row, resident.documents_at
+        async with self._door.reading(session_id, incarnation, resident) as (resident, snapshot):
             stored = await snapshot.document(incarnation, collection, key)
             self._check(resident)
             known, row = self._pending_document(resident, collection, key)
@@ -369,9 +384,9 @@ class Reads:
         self, session_id: str, incarnation: str, collection: str, *, cursor: str | None, limit: int
     ) -> Page[Document]:
         """A page of a collection, in order of key; `cursor` is the key that it comes behind."""
-        resident = await self._door.resident(session_id, incarnation)
         after = cursor or ""
-        async with self._door.view(resident) as snapshot:
+        found = self._door.find(session_id, incarnation)
+        async with self._door.reading(session_id, incarnation, found) as (resident, snapshot):
             stored: list[DocumentRow] = []
             more = True
             while True:
