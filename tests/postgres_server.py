@@ -35,6 +35,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import psutil
 from sqlalchemy import create_mock_engine
 from sqlalchemy.dialects import postgresql
 
@@ -120,13 +121,31 @@ class Server:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(asyncio.run, answer()).result()
 
-    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop it: fast (SIGINT) or at once (SIGQUIT)."""
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The first of its processes, if it is ours."""
         if self._process is None:
             raise RuntimeError(f"this test needs a server of its own: unset {ENVIRONMENT}")
-        if self._process.poll() is None:
-            self._process.send_signal(how)
-            self._process.wait(30)
+        return self._process
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop it: fast (SIGINT) or at once (SIGQUIT)."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+            self.process.wait(30)
+
+    def hang(self) -> None:
+        """Have none of its processes do anything, until `go_on`. The kernel goes on to take what is sent to them."""
+        first = psutil.Process(self.process.pid)
+        first.suspend()  # before it can make another one
+        for process in first.children(recursive=True):
+            process.suspend()
+
+    def go_on(self) -> None:
+        """After `hang`."""
+        first = psutil.Process(self.process.pid)
+        for process in [*first.children(recursive=True), first]:
+            process.resume()
 
 
 def binaries() -> Path:

@@ -1,4 +1,6 @@
-"""A PostgreSQL server stops under load and comes back: nothing is lost, nobody is kept waiting, nobody needs to act."""
+"""A PostgreSQL server stops or hangs under load and comes back, and ends connections in the middle of commits that then
+complete: nothing is lost, nothing is doubled, nobody is kept waiting, nobody needs to act.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,11 +17,17 @@ from typing import Final
 from urllib.parse import urlsplit
 
 import anyio
+import anyio.to_thread
 import pytest
 
 import postgres_server
 from agent_runtime import Config, Runtime, SessionHandle, StorageUnavailable, open_runtime
+from agent_runtime.storage import StorageConfig
+from agent_runtime.testing.kit.writer import writing
+from agent_runtime_postgresql import database, open_postgresql
+from postgres_proxy import proxied
 from postgres_server import new_schema, temporary_directory
+from test_postgresql import Log
 
 pytestmark = pytest.mark.anyio
 
@@ -42,6 +51,13 @@ class OwnServer:
         self._running = thread.submit(postgres_server.start, directory).result()
         self.url = self._running.url
         self.rows = self._running.rows
+        self.execute = self._running.execute
+
+    def hang(self) -> None:
+        self._running.hang()
+
+    def go_on(self) -> None:
+        self._running.go_on()
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         self._running.stop(how)
@@ -196,5 +212,115 @@ async def test_a_server_stops_under_load_and_comes_back(
     )
     rows = await anyio.to_thread.run_sync(partial(own_server.rows, query, schema=schema))
     assert dict(rows) == load.said
+    async with open_runtime(config) as runtime:
+        await check(runtime, load.said)
+
+
+# Commits that complete although the connection was lost
+
+
+async def found(server: OwnServer, query: str) -> int:
+    """Wait until a query finds something; how much."""
+    with anyio.fail_after(RECOVERS_S):
+        while not (rows := await anyio.to_thread.run_sync(partial(server.rows, query))):
+            await anyio.sleep(0.002)
+    return len(rows)
+
+
+@contextmanager
+def awaited_standby(server: OwnServer) -> Iterator[None]:
+    """Every commit, safe on the server's disk already, waits for a standby that is not there.
+
+    https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION: such a commit is seen by others
+    only when the wait is over; it stands all the same when its connection is ended meanwhile.
+    """
+
+    def set_standbys(names: str) -> None:
+        server.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
+        server.execute("SELECT pg_reload_conf()")
+
+    set_standbys("nobody")
+    try:
+        yield
+    finally:
+        set_standbys("")
+
+
+@pytest.mark.parametrize("times", [6, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
+async def test_commits_that_stand_although_their_connection_was_ended(own_server: OwnServer, times: int) -> None:
+    """Each is ended by the server, in the middle of a commit. Every second one broke on our side before: the storage has
+    a new one by then, on which the next try waits for the old commit.
+    """
+    schema = new_schema()
+    with proxied(f"{own_server.url}?schema={schema}") as proxy:
+        async with writing(lambda: open_postgresql(StorageConfig(url=proxy.url))) as writer:
+            await writer.create("a")
+            log = Log(writer)
+            with awaited_standby(own_server):
+                for seq in range(1, times + 1):
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(log.append, seq)
+                        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+                        await found(own_server, waiting)
+                        if seq % 2:
+                            await anyio.to_thread.run_sync(proxy.cut)
+                            await found(own_server, "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+                        ended = await found(own_server, f"SELECT pg_terminate_backend(pid) FROM ({waiting}) AS it")
+                        assert ended == 1
+            await log.check(times)
+            assert (log.tries, log.stored_unknown) == (2 * times, times)
+
+
+# A server that hangs
+
+
+@pytest.mark.parametrize("hangs", [1, pytest.param(20, marks=pytest.mark.long)])
+async def test_a_server_hangs_under_load_and_wakes(
+    own_server: OwnServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hangs: int
+) -> None:
+    """It takes what is sent to it, and answers nothing. When it wakes it goes on, with the commit that it was at too."""
+    monkeypatch.setattr(database, "_CLIENT_MARGIN_S", 0.1)
+    caplog.set_level("INFO", "agent_runtime")
+    schema = new_schema()
+    config = Config.of(
+        f"{own_server.url}?schema={schema}&application_name={schema}&connect_timeout_s=0.2&statement_timeout_s=0.3",
+        journal={"directory": str(tmp_path / "journal")},
+        write_behind={"interval_s": 0.02},
+        storage={"read_timeout_s": 0.4},
+        lease={"duration_s": 60.0},
+    )
+    async with open_runtime(config) as runtime:
+        slow = """
+            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.1); RETURN NULL; END';
+            CREATE CONSTRAINT TRIGGER wait AFTER UPDATE ON partitions
+                DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()
+            """
+        await anyio.to_thread.run_sync(partial(own_server.execute, slow, schema=schema))
+        load = Load(runtime)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(load.run)
+            for _ in range(hangs):
+                await found(own_server, "SELECT pid FROM pg_stat_activity WHERE query = 'COMMIT' AND state = 'active'")
+                own_server.hang()
+                try:
+                    took = load.measure()
+                    await until(runtime, "degraded")
+                    stored, retries = runtime.watermarks.stored, runtime.status().flush.retries
+                    with anyio.fail_after(2), pytest.raises(StorageUnavailable):
+                        await runtime.get_session("never loaded")
+                    await anyio.sleep(0.2)
+                    assert runtime.watermarks.stored == stored
+                    assert runtime.status().flush.retries > retries
+                    assert min(len(took["warm"]), len(took["new"])) > WRITERS
+                finally:
+                    own_server.go_on()
+                await until(runtime, "running")
+            load.stop()
+        await runtime.flush()
+        assert runtime.status().pool.in_use == 0
+        await check(runtime, load.said)
+        mine = f"SELECT pid FROM pg_stat_activity WHERE application_name = '{schema}'"
+        assert await found(own_server, mine) <= runtime.status().pool.size
+    assert "reported as failed was stored after all" in caplog.text
     async with open_runtime(config) as runtime:
         await check(runtime, load.said)

@@ -113,10 +113,9 @@ class PostgresqlTransaction:
 
 def _make_aware(rows: list[Sequence[Any]], place: int) -> None:
     """The driver takes the first and the last moment of Python for infinities, and gives those back without a zone."""
-    for number, row in enumerate(rows):
-        time = row[place]
+    for number, time in enumerate([row[place] for row in rows]):
         if time is not None and time.tzinfo is None:
-            values = list(row)
+            values = list(rows[number])
             values[place] = time.replace(tzinfo=UTC)
             rows[number] = values
 

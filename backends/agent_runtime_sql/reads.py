@@ -77,8 +77,11 @@ SELECT_PURGE: Final = (
     .limit(1)
 )
 
+_has_outcomes: Final = exists().where(
+    outcomes.c.partition == sessions.c.partition, outcomes.c.scope == sessions.c.incarnation
+)
 SELECT_HEAD: Final = (
-    select(*columns_of(sessions, SessionRow), *columns_of(contexts, ContextRow))
+    select(_has_outcomes, *columns_of(sessions, SessionRow), *columns_of(contexts, ContextRow))
     .join_from(sessions, contexts, sessions.c.incarnation == contexts.c.incarnation, isouter=True)
     .where(sessions.c.session_id == bindparam("session_id"), _undeleted)
 )
@@ -132,10 +135,10 @@ SELECT_QUARANTINE: Final = (
 
 @cache
 def select_messages(order: Order) -> Select[Any]:
-    """Parameters: incarnation, after, before, limit."""
+    """Parameters: incarnation, after, before, limit. Of the fields of MessageRow all but the first, its incarnation."""
     seq = messages.c.seq
     return (
-        select(*columns_of(messages, MessageRow))
+        select(*columns_of(messages, MessageRow)[1:])
         .where(_of_session(messages.c.incarnation), seq > bindparam("after"), seq < bindparam("before"))
         .order_by(seq.asc() if order == "asc" else seq.desc())
         .limit(_LIMIT)

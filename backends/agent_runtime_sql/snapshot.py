@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import starmap
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
@@ -93,7 +94,8 @@ class SqlSnapshot:
         self, incarnation: str, *, after: int = 0, before: int | None = None, limit: int, order: Order = "asc"
     ) -> Sequence[MessageRow]:
         bounds = {"after": after, "before": SEQ_MAX if before is None else before, "limit": limit}
-        return await self._rows(MessageRow, select_messages(order), incarnation=incarnation, **bounds)
+        place = {"partition": self._partition, "incarnation": incarnation}
+        return await self._call(_messages, incarnation, select_messages(order), {**place, **bounds})
 
     async def switches(self, incarnation: str) -> Sequence[SwitchRow]:
         return await self._rows(SwitchRow, SELECT_SWITCHES, incarnation=incarnation)
@@ -143,12 +145,21 @@ class SqlSnapshot:
 async def _rows(
     transaction: Transaction, kind: type[Item], statement: Select[Any], parameters: Mapping[str, Any]
 ) -> list[Item]:
-    found = await transaction.fetch(statement, parameters)
-    rows: list[Item] = []
-    make = maker_of(kind)
-    for start in range(0, len(found), _PIECE_ROWS):
-        rows.extend(starmap(make, found[start : start + _PIECE_ROWS]))
+    return await _made(maker_of(kind), await transaction.fetch(statement, parameters))
+
+
+async def _messages(
+    transaction: Transaction, incarnation: str, statement: Select[Any], parameters: Mapping[str, Any]
+) -> list[MessageRow]:
+    return await _made(partial(maker_of(MessageRow), incarnation), await transaction.fetch(statement, parameters))
+
+
+async def _made(make: Callable[..., Item], found: Sequence[Sequence[Any]]) -> list[Item]:
+    """The structs of rows, made in pieces between which the event loop is free."""
+    rows = list(starmap(make, found[:_PIECE_ROWS]))
+    for start in range(_PIECE_ROWS, len(found), _PIECE_ROWS):
         await asyncio.sleep(0)
+        rows.extend(starmap(make, found[start : start + _PIECE_ROWS]))
     return rows
 
 
@@ -156,12 +167,14 @@ async def _head(transaction: Transaction, partition: int, session_id: str, outco
     found = await transaction.fetch(SELECT_HEAD, {"partition": partition, "session_id": session_id})
     if not found:
         return None
-    values = tuple(found[0])
+    has_outcomes, *values = found[0]
     session = struct_of(SessionRow, values[:_SESSION_COLUMNS])
     if values[_SESSION_COLUMNS] is None:
         raise StorageFatal(f"the database is damaged: the session {session_id!r} has no context")
-    newest = {"partition": partition, "scope": session.incarnation, "now": datetime.now(UTC), "limit": outcomes_max}
-    outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, newest)
+    outcomes: list[OutcomeRow] = []
+    if has_outcomes and outcomes_max:
+        newest = {"partition": partition, "scope": session.incarnation, "now": datetime.now(UTC), "limit": outcomes_max}
+        outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, newest)
     return HeadRows(session=session, context=struct_of(ContextRow, values[_SESSION_COLUMNS:]), outcomes=outcomes)
 
 
