@@ -8,12 +8,13 @@ import sqlite3
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import aiosqlite
 import anyio
 import msgspec
 import pytest
@@ -21,7 +22,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from agent_runtime.changes import Details, Touch
 from agent_runtime.errors import AgentRuntimeError, ChangeRejected, StorageFatal, StorageUnavailable
@@ -233,14 +233,14 @@ async def test_after_an_unknown_failure_the_connection_is_of_use_or_replaced(
     """Here within the transaction, with rows written; then by a driver that was closed under our hands."""
     run = Prepared.run
 
-    async def fail(prepared: Prepared, connection: Any, *arguments: Any) -> int:
-        await run(prepared, connection, *arguments)
+    async def fail(prepared: Prepared, driver: Any, *arguments: Any) -> int:
+        await run(prepared, driver, *arguments)
         raise OSError(SECRET)
 
-    async def close(prepared: Prepared, connection: Any, *arguments: Any) -> int:
-        await run(prepared, connection, *arguments)
-        await (await connection.get_raw_connection()).driver_connection.close()
-        return await run(prepared, connection, *arguments)
+    async def close(prepared: Prepared, driver: Any, *arguments: Any) -> int:
+        await run(prepared, driver, *arguments)
+        await driver.close()
+        return await run(prepared, driver, *arguments)
 
     async with writing(opener) as writer:
         for failing in (fail, close):
@@ -327,8 +327,8 @@ async def test_a_snapshot_in_the_middle_of_a_batch(opener: Opener, monkeypatch: 
     run = Prepared.run
     half_way, go_on = threading.Event(), threading.Event()
 
-    async def pause(prepared: Prepared, connection: Any, items: Any, constants: Any) -> int:
-        hit = await run(prepared, connection, items, constants)
+    async def pause(prepared: Prepared, driver: Any, items: Any, constants: Any) -> int:
+        hit = await run(prepared, driver, items, constants)
         if isinstance(items, tuple) and isinstance(items[0], Touch):
             half_way.set()
             while not go_on.is_set():
@@ -440,15 +440,16 @@ async def test_a_running_batch_is_interrupted_and_undone(file: Path, opener: Ope
 
 
 def test_rows_are_made_in_pieces_between_which_the_loop_is_free() -> None:
-    """A piece of 100 rows takes about 0.1 ms; what SQLAlchemy and the driver's thread do with the list is theirs."""
+    """A piece of 100 rows takes about 0.1 ms; what the driver's thread does with the list is its affair."""
     statement = Prepared(WRITES["messages"][0].statement)
     given: list[tuple[Any, ...]] = []
     ticks = 0
 
-    class Connection:
-        async def exec_driver_sql(self, _sql: str, rows: list[tuple[Any, ...]]) -> Any:
+    class Driver:
+        @asynccontextmanager
+        async def executemany(self, _sql: str, rows: list[tuple[Any, ...]]) -> AsyncIterator[Any]:
             given.extend(rows)
-            return SimpleNamespace(rowcount=len(rows))
+            yield SimpleNamespace(rowcount=len(rows))
 
     async def tick() -> None:
         nonlocal ticks
@@ -458,7 +459,7 @@ def test_rows_are_made_in_pieces_between_which_the_loop_is_free() -> None:
 
     async def main() -> None:
         ticking = asyncio.create_task(tick())
-        assert await statement.run(cast("AsyncConnection", Connection()), rows, {}) == len(rows)
+        assert await statement.run(cast("aiosqlite.Connection", Driver()), rows, {}) == len(rows)
         ticking.cancel()
 
     rows = [message_row("a", seq) for seq in range(1000)]

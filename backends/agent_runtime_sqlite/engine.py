@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiosqlite
 from sqlalchemy import URL, Connection, event
+from sqlalchemy.engine import AdaptedConnection
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from agent_runtime.errors import StorageFatal
@@ -67,9 +69,18 @@ def _engine(settings: Settings, pragmas: Mapping[str, object], begin: str, *, co
         for name, value in wanted.items():
             _set_pragma(settings, connection, name, value)
 
+    @event.listens_for(engine.sync_engine, "checkout")
+    def check(adapted: AdaptedConnection, _record: object, _proxy: object) -> None:
+        """Statements run below SQLAlchemy, which does not see when the driver's connection is closed with one."""
+        try:
+            _ = adapted.driver_connection.in_transaction
+        except ValueError:
+            raise DisconnectionError from None
+
     @event.listens_for(engine.sync_engine, "begin")
     def begin_transaction(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+        adapted = cast("AdaptedConnection", connection.connection.dbapi_connection)
+        adapted.run_async(lambda driver: driver.execute_fetchall(begin))
 
     return engine
 

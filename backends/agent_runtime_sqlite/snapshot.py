@@ -85,7 +85,8 @@ class Readers:
         connection = await self._database.reader()
         try:
             driver = await driver_of(connection)
-            transaction = SqliteTransaction(connection)
+            await connection.begin()
+            transaction = SqliteTransaction(connection, driver)
             watermark = await read_watermark(transaction, partition)
         except BaseException:
             await connection.invalidate()

@@ -36,6 +36,7 @@ class Writer:
 
     async def _transaction(self, function: Callable[[SqliteTransaction, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
         async with self._database.writer() as connection:
-            with on_cancel((await driver_of(connection)).interrupt):
+            driver = await driver_of(connection)
+            with on_cancel(driver.interrupt):
                 async with connection.begin():
-                    return await function(SqliteTransaction(connection), *args)
+                    return await function(SqliteTransaction(connection, driver), *args)
