@@ -107,7 +107,7 @@ class FlushFigures(msgspec.Struct, kw_only=True):
 
 
 class Scheduler:
-    """Owns the unstored changes of all sessions. `orphans` counts those in quarantine of deleted ones, by session id."""
+    """Owns the unstored changes of all sessions. `orphans` counts those in quarantine of deleted ones, by id."""
 
     def __init__(
         self,
