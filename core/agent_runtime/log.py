@@ -230,10 +230,12 @@ class Log:
         elif level == "synced":
             await self._synced.wait(sequence, deadline)
 
-    async def wait_stored(self, first: int, last: int) -> None:
-        """Wait until the changes from `first` to `last` are stored, however long that takes. Else raises as `wait`."""
-        await self._stored.wait(last)
-        self._check_quarantined(first, last)
+    async def wait_stored(self, sequence: int, *, first: int | None = None) -> None:
+        """Wait until the change `sequence` is stored; with `first`, all changes from that one on. However long that
+        takes; else raises as `wait`.
+        """
+        await self._stored.wait(sequence)
+        self._check_quarantined(sequence if first is None else first, sequence)
 
     async def expire(self) -> None:
         """Until cancelled, wake who has waited too long.

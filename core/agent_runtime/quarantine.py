@@ -171,7 +171,7 @@ class Quarantine:
         resident = await self._held(session_id)
         changes = self._resequence(resident.sequence, resident.held)
         self._resubmit(resident, changes)
-        await self._log.wait_stored(changes[0].sequence, changes[-1].sequence)
+        await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
         return len(changes)
 
     async def drop(self, session_id: str) -> int:
@@ -211,7 +211,7 @@ class Quarantine:
                 self._door.forget(change.outcome)
             self._scheduler.add(Pending(change, remade, size))
         self._budget.release(held_bytes)
-        await self._log.wait_stored(changes[0].sequence, changes[-1].sequence)
+        await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
         return left
 
     async def _drop_orphans(self, session_id: str) -> None:
@@ -237,7 +237,7 @@ class Quarantine:
         resident = next((each for each in self._residents.held if each.session_id == session_id), None)
         if resident is None:
             raise SessionNotFound(session_id)
-        await self._log.wait_stored(self._log.accepted + 1, self._log.accepted)
+        await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
         self._check(resident)
         return resident
 

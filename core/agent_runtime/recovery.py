@@ -183,7 +183,7 @@ class _Recovery:
                 f"the frame {frame.sequence} of the journal {self._directory.place} holds change {change.sequence}"
             )
         if change.resolves is not None:  # it was put back when everything before it was stored
-            await self._log.wait_stored(self._log.accepted + 1, self._log.accepted)
+            await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
             self._scheduler.let_go(change.incarnation)
         size = min(_CHANGE_BYTES + len(frame.payload), self._budget.bytes_max)
         if not self._budget.admit(size):

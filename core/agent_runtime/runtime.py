@@ -322,7 +322,7 @@ class Runtime:
         self._door.check_open()
         timeout_s = self.config.write_behind.durability_timeout_s
         with anyio.move_on_after(timeout_s):
-            await self._log.wait_stored(self._log.stored + 1, self._log.accepted)
+            await self._log.wait_stored(self._log.accepted, first=self._log.stored + 1)
             return
         error = self._scheduler.figures.last_error or "no error so far, it is slow"
         raise StorageUnavailable(
