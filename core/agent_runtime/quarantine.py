@@ -216,7 +216,7 @@ class Quarantine:
 
     async def _drop_orphans(self, session_id: str) -> None:
         self._door.check_open()
-        await self._log.wait_stored(self._log.accepted + 1, self._log.accepted)
+        await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
         async with self._door.view(None) as snapshot:
             found = [
                 decode_change(row.change) async for row in quarantine_rows(snapshot) if row.session_id == session_id
@@ -229,7 +229,7 @@ class Quarantine:
         changes = self._resequence(0, dropped)
         for change, size in zip(changes, self._accept(changes), strict=True):
             self._scheduler.add(Pending(change, None, size))
-        await self._log.wait_stored(changes[0].sequence, changes[-1].sequence)
+        await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
 
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""

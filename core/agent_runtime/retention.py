@@ -99,7 +99,7 @@ class Retention:
                 cold=True,
             )
         if deleted:
-            await self._door.log.wait_stored(self._door.log.accepted + 1, self._door.log.accepted)
+            await self._door.log.wait_stored(self._door.log.accepted, first=self._door.log.accepted + 1)
         return deleted
 
     def _deletion(self, incarnation: str, before: datetime) -> Callable[[Resident | None], Plan[bool]]:
