@@ -64,7 +64,7 @@ async def test_who_has_a_token_comes_in_everywhere_and_who_has_none_nowhere(kept
                     assert reply.headers["www-authenticate"] == challenge
         for target in ("/metrics", "/nowhere", "/v1/sessions//x"):
             assert (await app("GET", target)).status == 401
-            assert (await app("GET", target, headers=bearer(TOKEN))).status in (404, 422)
+            assert (await app("GET", target, headers=bearer(TOKEN))).status in (200, 404, 422)
         assert runtime_of(app).watermarks.accepted == accepted
 
 

@@ -37,6 +37,7 @@ DOCUMENTS = [
     "plugins/agent_runtime_http/README.md",
     "plugins/agent_runtime_metrics/README.md",
     "plugins/agent_runtime_opentelemetry/README.md",
+    "plugins/agent_runtime_ratelimit/README.md",
 ]
 
 PUBLIC = [

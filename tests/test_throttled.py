@@ -135,5 +135,5 @@ async def test_on_sqlite_for_a_minute(tmp_path: Path) -> None:
             (await client.post("/v1/flush")).raise_for_status()
     with closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT seq, content FROM messages ORDER BY seq").fetchall()
-    load.check({seq: int(json.loads(content).split()[0]) for seq, content in rows})
-    assert load.slowest_s < WAIT_S + 1.0
+    load.check({seq: int(content.split()[0]) for seq, content in rows})
+    assert load.slowest_s < WAIT_S + 5.0  # on a machine that does other things as well; without a bound it is most of 60

@@ -380,10 +380,13 @@ class PluginManager:
 
         Raises:
             PluginError: a plugin failed.
+            ConfigError: as a plugin raises it: what it finds in `plugins.config` can't be used.
         """
         for call in self.calls(hook):
             try:
                 result = call(arguments)
+            except ConfigError:
+                raise
             except Exception as error:
                 raise PluginError(call.plugin, hook, f"{raised(error)}: {' '.join(str(error).split())}") from error
             yield call.plugin, result

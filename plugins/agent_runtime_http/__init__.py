@@ -19,10 +19,10 @@ from .hookspecs import HttpHookSpecs
 if TYPE_CHECKING:
     import typer
 
-    from .application import create_app, lifespan, stopping
+    from .application import create_app, lifespan, stopping, token_of
     from .problems import Forbidden, Unauthenticated
 
-__all__ = ["Forbidden", "Unauthenticated", "create_app", "lifespan", "stopping"]
+__all__ = ["Forbidden", "Unauthenticated", "create_app", "lifespan", "stopping", "token_of"]
 
 _PLACES: Final = {
     "Forbidden": "problems",
@@ -30,6 +30,7 @@ _PLACES: Final = {
     "create_app": "application",
     "lifespan": "application",
     "stopping": "application",
+    "token_of": "application",
 }
 
 

@@ -25,7 +25,7 @@ from .resources import Resource
 from .service import Service
 from .surface import Surface
 
-__all__ = ["OPERATIONS", "create_app", "lifespan", "stopping"]
+__all__ = ["OPERATIONS", "create_app", "lifespan", "stopping", "token_of"]
 
 OPERATIONS: Final[Operations] = documented(
     {
@@ -121,3 +121,9 @@ def stopping(scope: Scope) -> anyio.Event:
     """Set when the server is about to stop: for streams of plugins' routes, which then should end."""
     service: Service = scope["app"].state.service
     return service.stopping
+
+
+def token_of(scope: Scope) -> str | None:
+    """Who has one of the tokens of the configuration, as `token:` and the beginning of its hash; for middleware."""
+    service: Service = scope["app"].state.service
+    return service.tokens.admit(scope)

@@ -36,7 +36,7 @@ class Extensions:
         if runtime is not None:
             plugins = runtime.plugins
             self.routes = _gathered(plugins, ROUTES, lambda item: isinstance(item, BaseRoute), runtime=runtime)
-            self.middleware = [each for _, each in _gathered(plugins, MIDDLEWARE, callable)]
+            self.middleware = [each for _, each in _gathered(plugins, MIDDLEWARE, callable, runtime=runtime)]
             self._authenticators = plugins.calls(AUTHENTICATE)
 
     @property

@@ -37,8 +37,11 @@ class HttpHookSpecs:
         """
 
     @hookspec
-    def agent_runtime_http_middleware(self) -> Sequence[Middleware]:  # type: ignore[empty-body]
-        """Pure ASGI middleware around every request while the runtime is open, the first one outermost."""
+    def agent_runtime_http_middleware(self, runtime: Runtime) -> Sequence[Middleware]:  # type: ignore[empty-body]
+        """Pure ASGI middleware around every request while the runtime is open, the first one outermost.
+
+        What it raises is answered as the surface answers it. `token_of(scope)` tells who has a token.
+        """
 
     @hookspec
     def agent_runtime_http_authenticate(self, scope: Scope) -> object | None:
