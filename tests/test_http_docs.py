@@ -94,7 +94,10 @@ async def test_anybody_gets_the_page_at_any_time_but_not_what_it_shows() -> None
 # --- in Chromium ------------------------------------------------------------------------------------------------------
 
 
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--window-size=1280,900"
+)
 
 
 class Browser:
@@ -174,7 +177,7 @@ def test_in_a_browser_it_shows_the_document_and_sends_requests(browser: Browser,
 
     assert send("create_session").startswith("201 ")
     assert send("append_message", session_id="porto").startswith("201 ")
-    assert send("get_history", limit="5").startswith("200 ")  # the session is remembered from one form to the next
+    assert send("get_history", limit="5").startswith("200 ")  # the session was filled in above
     assert "Find me a train to Porto." in browser.find("#get_history pre").text
     assert send("put_document", collection="plans", key="p1").startswith("200 ")
     assert browser.complaints() == []

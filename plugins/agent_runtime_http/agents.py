@@ -45,12 +45,11 @@ async def update_context(call: Call) -> Answer:
     given = await call.members()
     session = await call.session()
     try:
-        if "metadata" not in given:
-            context = await session.context()
-        elif given["metadata"] is None:
+        metadata = given.get("metadata", {})
+        if metadata is None:
             context = await session.update_context(metadata={}, **call.options)
         else:
-            context = await session.merge_context(given["metadata"], **call.options)
+            context = await session.merge_context(metadata, **call.options)
     except DurabilityNotReached as error:
         error.outcome = _shown(error.outcome)
         raise

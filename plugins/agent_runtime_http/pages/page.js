@@ -5,7 +5,7 @@ const methods = ["get", "put", "post", "patch", "delete"];
 const token = document.querySelector("#token input");
 const filter = document.querySelector("nav input");
 const notice = document.querySelector("#notice");
-const given = new Map(); // what was last filled in for a parameter of a path: most requests are about one session
+const given = new Map(); // what was filled in for a parameter of a path goes for every operation: most are about one session
 let api;
 
 function make(tag, attributes = {}, ...children) {
@@ -90,7 +90,10 @@ function field(parameter) {
   const input = make("input", { ...attributes, required: parameter.required, spellcheck: "false", autocomplete: "off" });
   if (parameter.in === "path") {
     input.value = given.get(parameter.name) ?? "";
-    input.addEventListener("input", () => given.set(parameter.name, input.value));
+    input.addEventListener("input", () => {
+      given.set(input.name, input.value);
+      for (const other of document.querySelectorAll(`input[data-in="path"][name="${input.name}"]`)) other.value = input.value;
+    });
   }
   return input;
 }
