@@ -228,10 +228,10 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
             text=True,
             timeout=1700,
         )
+        assert "a request failed" not in server.errors()
     assert told.returncode == 0, told.stdout[-5000:]
     [cases] = re.findall(r"(\d+) generated", told.stdout)
     assert int(cases) >= 2000
-    assert "Traceback" not in server.errors()
 
 
 MAKING = ["--meta", "none", "--fail-on-warning"]
