@@ -18,7 +18,7 @@ REASONS = re.compile(
 
 @schemathesis.check
 def refused_for_a_reason(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> None:
     """What the document allows is refused only for what it can't say."""
     if case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE and response.status_code == 422:
