@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -30,10 +31,13 @@ from agent_runtime.testing.kit import Opener
 from agent_runtime.testing.kit.dump import dump
 from agent_runtime.testing.kit.writer import Writer, claim, context_row, message_row, session_row, writing
 from agent_runtime_postgresql import open_postgresql
+from agent_runtime_postgresql.database import Database
 from agent_runtime_postgresql.errors import rejecting, translated
+from agent_runtime_postgresql.pool import Connection
 from agent_runtime_postgresql.storage import PostgresqlStorage, open_storage
 from agent_runtime_postgresql.transaction import PostgresqlTransaction
 from agent_runtime_sql import snapshot
+from places import fill, forget, in_schema
 from postgres_proxy import proxied
 from postgres_server import migrated_schema, new_schema, server, url_of
 
@@ -490,6 +494,43 @@ async def test_a_batch_is_a_statement_for_each_field(schema: str, opener: Opener
         assert executed == ["created", "contexts", "messages"]
         async with writer.storage.snapshot() as view:
             assert [row.seq for row in await view.messages("a", limit=5000)] == list(range(1, 2001))
+
+
+@pytest.mark.parametrize("read", ["messages", "history", "nothing", "switches"])
+async def test_a_session_out_of_memory_is_loaded_in_the_transaction_that_reads_it(tmp_path: Path, read: str) -> None:
+    """Besides its beginning and its end: the sequence, the head, and what is read, if there is any."""
+    begun, asked = list[Connection](), list[str]()
+    begin, fetch = Database.begun, Connection.fetch
+
+    async def counted_begin(self: Database, statement: str) -> Connection:
+        connection = await begin(self, statement)
+        if "READ ONLY" in statement:
+            begun.append(connection)
+        return connection
+
+    async def counted_fetch(self: Connection, sql: str, values: list[Any]) -> list[Any]:
+        if self in begun:  # and not the purge's, which may be under way
+            asked.append(sql)
+        return await fetch(self, sql, values)
+
+    async with in_schema(tmp_path).open() as runtime:
+        session = await runtime.create_session()
+        if read != "nothing":
+            await fill(session, 100)
+            await session.switch_agent("another")
+        await runtime.flush()
+        forget(runtime)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Database, "begun", counted_begin)
+            patch.setattr(Connection, "fetch", counted_fetch)
+            if read == "switches":
+                assert len(await session.switches()) == 1
+            elif read == "history":
+                assert len(await session.history()) == 100
+            else:
+                assert len((await session.messages(limit=1000)).items) == (0 if read == "nothing" else 100)
+    assert len(begun) == 1
+    assert len(asked) == (2 if read == "nothing" else 3)
 
 
 def test_importing_the_plugin_imports_no_driver() -> None:
