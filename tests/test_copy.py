@@ -398,7 +398,7 @@ async def test_outcomes_that_expire_on_the_way_are_left_out() -> None:
 
 def test_a_process_that_is_killed(shell: Shell, tmp_path: Path) -> None:
     """Until the copy is run again its target is nobody's."""
-    generate(shell.database, sessions=40, messages=1000)
+    generate(shell.database, sessions=24, messages=1000)
     target = tmp_path / "target.db"
     command = ("copy", "--from", f"sqlite:///{shell.database}", "--to", f"sqlite:///{target}")
     kills = 0
@@ -407,7 +407,7 @@ def test_a_process_that_is_killed(shell: Shell, tmp_path: Path) -> None:
             kill_when_at(process.pid, target, batches)
             process.wait(60)
         kills += process.returncode == -signal.SIGKILL
-        assert 1 <= watermark(target) < 40
+        assert 1 <= watermark(target) < 24
         refused = shell.here("sessions", "list", "--storage", f"sqlite:///{target}", code=3)[1][-1]
         assert refused.startswith("agent-runtime: the database is in use by an unfinished copy of the database ")
         assert "copy again to finish it" in refused
@@ -419,7 +419,7 @@ def test_a_process_that_is_killed(shell: Shell, tmp_path: Path) -> None:
         assert file_rows(target, table) == file_rows(shell.database, table)
     assert watermark(target) == watermark(shell.database)
     checked, _ = shell.here("check", "--storage", f"sqlite:///{target}")
-    assert checked.startswith("ok: 40 session(s), 40000 message(s)")
+    assert checked.startswith("ok: 24 session(s), 24000 message(s)")
 
 
 def kill_when_at(pid: int, target: Path, batches: int) -> None:
