@@ -86,12 +86,11 @@ class Scan:
         head = await self._snapshot.head(session.session_id, outcomes_max=0)
         if head is None or head.session != session:
             raise StorageFatal(f"the session {session.session_id!r} is in the list, but not so under its id")
-        switches = await self._snapshot.switches(incarnation) if head.context.switch_count else ()
+        switches = await self._snapshot.switches(incarnation)
         await self._add(sessions=[session], contexts=[head.context], switches=switches)
         for collection in await self._snapshot.collections(incarnation):
             await self._documents(incarnation, collection)
-        if session.next_seq > session.floor + 1:
-            await self._messages(incarnation, session.floor)
+        await self._messages(incarnation, session.floor)
 
     async def _documents(self, incarnation: str, collection: str) -> None:
         after = ""
