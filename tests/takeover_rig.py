@@ -217,7 +217,7 @@ class Takeovers:
                 old, began = self._holder, time.monotonic()
                 fate = await self._strike(old, number)
                 self.figures.fates[fate] += 1
-                if not await self._ready(standby, giving_up=old if fate == "stop" else None):
+                if not await self._ready(standby, giving_up=old if self._url.startswith("sqlite") else None):
                     self.figures.fates["frozen within a transaction"] += 1
                 self.figures.takeover_s.append(time.monotonic() - began)
                 self._holder = standby

@@ -129,6 +129,42 @@ async def test_a_writer_that_hangs_keeps_nobody_from_taking_over(opener: Opener)
             await first.apply()
 
 
+@pytest.mark.parametrize("expired", [True, False])
+async def test_a_writer_that_is_frozen_within_a_statement_is_cut_off_once_its_lease_has_expired(
+    opener: Opener, expired: bool
+) -> None:
+    """The server waits for the rest of what the client has begun, for ever: no timeout of its own ends that."""
+    async with opener() as hanging, opener() as other:
+        first = Writer(hanging, await hanging.leases.acquire(claim("the first", 1.0 if expired else 100.0)))
+        await hanging.leases.renew(first.fence, 1.0 if expired else 100.0)
+
+        async def hang(transaction: PostgresqlTransaction) -> None:
+            await transaction.driver.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
+            await transaction.driver.execute("SELECT 1 FROM partitions FOR UPDATE")
+            await transaction.driver.prepare("SELECT 1")
+            await asyncio.sleep(3.0)
+
+        async def hold() -> None:
+            if expired:
+                with pytest.raises(StorageUnavailable):
+                    await in_transaction(hanging, hang)
+            else:
+                await in_transaction(hanging, hang)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(hold)
+            await anyio.sleep(1.5)
+            if expired:
+                with anyio.fail_after(3):
+                    await other.leases.acquire(claim("the second", 1.0))
+            else:
+                with pytest.raises(StorageUnavailable):
+                    await other.leases.acquire(claim("the second", 1.0))
+        if expired:
+            with pytest.raises(LeaseLost):
+                await first.apply()
+
+
 async def test_a_takeover_waits_for_the_batch_that_is_being_stored(opener: Opener) -> None:
     """And finds its sequence: the batch and the takeover change the same row."""
     async with opener() as storage, opener() as other:

@@ -5,7 +5,7 @@
 | 0 | done |
 | 1 | failed: one line that names the input and the way out (a configuration: a line a fault) |
 | 2 | called in a wrong way |
-| 3 | another process holds the lease; the line names it |
+| 3 | another process holds the lease, or has taken it over; the line names it |
 | 4 | stopped with changes that could not be stored |
 | 130, 143 | interrupted by Ctrl-C, by SIGTERM; what was changed before is stored |
 """
@@ -16,7 +16,7 @@ import sys
 import traceback
 from typing import Final
 
-from ..errors import AgentRuntimeError, LeaseHeld
+from ..errors import AgentRuntimeError, LeaseHeld, LeaseLost
 from .logs import told
 
 __all__ = ["FAILED", "HELD", "LEFT", "SIGNALLED", "USAGE", "Failure", "failure_of", "tell"]
@@ -47,7 +47,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, AgentRuntimeError):
         notes = [note.removeprefix("agent-runtime: ") for note in getattr(error, "__notes__", ())]
         lines = [*str(error).splitlines(), *notes]
-        return Failure(*lines, code=HELD if isinstance(error, LeaseHeld) else FAILED)
+        return Failure(*lines, code=HELD if isinstance(error, (LeaseHeld, LeaseLost)) else FAILED)
     if isinstance(error, OSError) and error.strerror:
         return Failure(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     # Without what it says: that may be of a session.
