@@ -1,21 +1,30 @@
-"""The HTTP API of the old service: each path with its shapes, the internal key, and no clash with what is new."""
+"""The HTTP API of the old service: each path with its shapes, the internal key, and no clash with what is new.
+
+And the guide for its users, whose examples run.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
+import textwrap
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
+from fastapi import FastAPI, Request
+from starlette.testclient import TestClient
 
 from agent_runtime import Config, ConfigError, open_runtime
 from agent_runtime.formats import ImportRequest
 from agent_runtime.transfer import import_sessions
 from agent_runtime_codelab.key import VARIABLES, internal_key
+from agent_runtime_codelab.routes import old_routes
 from agent_runtime_codelab.source import open_source
 from http_rig import App, Reply, opened, runtime_of, serving
 from old_database import sample, sample_given
@@ -283,3 +292,67 @@ def test_served_for_clients_of_the_old_service(tmp_path: Path) -> None:
         history: dict[str, Any] = client.get(f"/sessions/{session_id}/history", headers=headers).json()
         assert (history["messages"], history["agent_history"]) == ([], [])
         assert KEY not in server.errors()
+
+
+# --- the guide --------------------------------------------------------------------------------------------------------
+
+GUIDE = (Path(__file__).parent.parent / "plugins" / "agent_runtime_codelab" / "README.md").read_text()
+OLD_CALLS = {
+    "session_manager": "exists get get_history all_sessions create get_or_create append_message append_tool_result delete",
+    "agent_context_manager": "get_or_create get exists get_all_sessions get_session_count delete cleanup_old_sessions",
+    "context": "switch_agent get_agent_history add_metadata get_metadata current_agent switch_count last_switch_at created_at",
+}
+
+
+def guide(kind: str) -> list[str]:
+    """The blocks of Python that begin with this comment."""
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    return [block for block in blocks if block.startswith(f"# {kind}\n")]
+
+
+def test_every_old_call_stands_in_the_guide() -> None:
+    before = guide("before")
+    for name, calls in OLD_CALLS.items():
+        for call in calls.split():
+            assert any(re.search(rf"\b{name}\.{call}\b", block) for block in before), (name, call)
+    for block in before:
+        compile(block, "before", "exec")
+
+
+def test_what_the_guide_says_of_each_call_runs(tmp_path: Path, anyio_backend: str) -> None:
+    names: dict[str, Any] = {"datetime": datetime, "UTC": UTC, "timedelta": timedelta}
+    blocks = guide("after")
+    assert len(blocks) == len(guide("before")) - 1
+    for number, block in enumerate(blocks):
+        exec(f"async def program_{number}(runtime):\n{textwrap.indent(block, '    ')}", names)
+
+    async def run() -> None:
+        async with open_runtime(f"sqlite:///{tmp_path}/sessions.db") as runtime:
+            for number in range(len(blocks)):
+                await names[f"program_{number}"](runtime)
+            assert [record.session_id async for record in runtime.scan_sessions()] == ["s2", "s1"]
+
+    anyio.run(run, backend=anyio_backend)
+
+
+def test_the_endpoint_of_the_guide_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [block] = guide("app")
+    names: dict[str, Any] = {
+        "Any": Any,
+        "AsyncIterator": AsyncIterator,
+        "FastAPI": FastAPI,
+        "Request": Request,
+        "asynccontextmanager": asynccontextmanager,
+        "open_runtime": open_runtime,
+    }
+    exec(compile(block, "app", "exec", dont_inherit=True), names)
+    with TestClient(names["app"]) as client:
+        for number in (1, 2):
+            answer = client.post("/say/s1", params={"text": "hello"})
+            assert answer.json() == {"history": [{"role": "user", "content": "hello"}] * number}
+
+
+def test_every_path_stands_in_the_guide() -> None:
+    for route in old_routes():
+        assert route.path.replace("session_id", "id") in GUIDE
