@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_runtime import (
+    AgentRuntimeError,
     AgentSwitch,
     InvalidInput,
     NewMessage,
@@ -33,6 +34,7 @@ from agent_runtime import (
     hookimpl,
 )
 from agent_runtime.archive import Archive, archive_line, parse_line
+from agent_runtime.formats import Entry
 from agent_runtime.testing import Faults, creates_session, faulty_plugin
 from agent_runtime.transfer import (
     Imported,
@@ -46,6 +48,7 @@ from agent_runtime.transfer import (
 )
 from agent_runtime_memory import MemoryDatabase
 from places import Place, everything, forget, in_file, in_memory
+from shell import Shell
 
 pytestmark = pytest.mark.anyio
 
@@ -891,3 +894,80 @@ def test_an_error_names_the_file_that_was_wanted(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=re.escape(str(path))) as caught, new_file(path):
             pass
         assert caught.value.filename == str(path)
+
+
+# --- formats that plugins bring ---------------------------------------------------------------------------------------
+
+
+async def entries_of(*entries: Entry | AgentRuntimeError) -> AsyncGenerator[Entry, None]:
+    for entry in entries:
+        if isinstance(entry, AgentRuntimeError):
+            raise entry
+        yield entry
+
+
+def entry_of(session_id: str, *messages: dict[str, Any], **fields: Any) -> Entry:
+    line = json.dumps({"session_id": session_id, "messages": messages}).encode()
+    return Entry(place=f"source: session {session_id}", line=line, **fields)
+
+
+async def test_what_is_wrong_is_told_of_the_place_in_the_source() -> None:
+    bad = {"role": "nobody", "content": "x"}
+    good = {"role": "user", "content": "x"}
+    places = {"messages[1]": "row one", "messages[1].tool_calls": "calls of one", "messages[10]": "row ten"}
+    calls = {"role": "assistant", "tool_calls": [{}]}
+    told: list[str] = []
+    async with in_memory().open() as runtime:
+        sources = entries_of(
+            entry_of("a", good, bad, places=places),
+            entry_of("b", *[good] * 10, bad, places=places),
+            entry_of("c", good, calls, places=places),
+            entry_of("d", bad, places=places),
+        )
+        async with aclosing(sources) as entries:
+            result = await import_sessions(runtime, entries, refused=told.append)
+    assert result == counts(refused=4)
+    assert [text.partition(": is ")[0] for text in told] == [
+        "source: session a: row one.role",
+        "source: session b: row ten.role",
+        "source: session c: calls of one[0].id",
+        "source: session d: messages[0].role",
+    ]
+
+
+async def test_problems_are_told_in_their_turn_and_counted() -> None:
+    told: list[str] = []
+    sizes: list[int] = []
+    async with in_memory().open() as runtime:
+        sources = entries_of(
+            entry_of("a", problems=["one", "two"], size=3),
+            Entry(place="source", problems=["three"]),
+            entry_of("b", size=4),
+        )
+        async with aclosing(sources) as entries:
+            result = await import_sessions(
+                runtime, entries, refused=told.append, progress=lambda _, size: sizes.append(size)
+            )
+    assert told == ["source: session a: one", "source: session a: two", "source: three"]
+    assert (result.created, result.problems, result.sessions, result.complete) == (2, 3, 2, False)
+    assert sizes == [3, 3, 7]
+
+
+async def test_a_source_that_can_not_be_read_on_ends_the_import_with_its_error() -> None:
+    async with in_memory().open() as runtime:
+        async with aclosing(entries_of(entry_of("a"), StorageUnavailable("the source is away"))) as entries:
+            with pytest.raises(StorageUnavailable, match="the source is away"):
+                await import_sessions(runtime, entries, refused=pytest.fail)
+        await runtime.get_session("a")
+
+
+def test_formats_are_named(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    file = shell.file("f.jsonl", line_of("s1", "hi"))
+    _, errors = shell.here("import", "--format", "chatt", file, code=2)
+    assert "'chatt' is not one of codelab, chat; did you mean chat?" in " ".join(
+        " ".join(errors).replace("│", "").split()
+    )
+    _, errors = shell.here("import", "--deleted", file, code=2)
+    assert "mark no session as deleted" in " ".join(" ".join(errors).replace("│", "").split())
+    assert shell.here("import", "--format", "chat", file)[0].startswith("f.jsonl: 1 created")

@@ -55,7 +55,7 @@ class HookSpecs:
 
     @hookspec
     def agent_runtime_import_formats(self) -> Mapping[str, ImportFormat]:  # type: ignore[empty-body]
-        """What `agent-runtime import --format NAME` can read besides `chat`. A name has one plugin."""
+        """What `agent-runtime import --format NAME` can read besides `chat`, which is ours. A name has one plugin."""
 
     @hookspec
     def agent_runtime_lifespan(self, runtime: Runtime) -> AbstractAsyncContextManager[object] | None:

@@ -69,7 +69,7 @@ def _format(config: Config, name: str) -> ImportFormat:
     """The format of this name."""
     plugins = PluginManager(disabled=config.plugins.disabled)
     plugins.load()
-    formats = {CHAT: open_chat} | plugins.import_formats()
+    formats = plugins.import_formats() | {CHAT: open_chat}
     if name not in formats:
         known = ", ".join(formats)
         raise typer.BadParameter(f"{name!r} is not one of {known}{did_you_mean(name, formats)}", param_hint="--format")
