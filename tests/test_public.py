@@ -67,6 +67,7 @@ PUBLIC = [
     "Overloaded",
     "Page",
     "PluginError",
+    "PurgedSession",
     "Quarantined",
     "QuarantinedChange",
     "Runtime",

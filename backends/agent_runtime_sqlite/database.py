@@ -87,6 +87,19 @@ class Database:
             await self._truncate_log()
         await self._writer.dispose()
 
+    async def truncate_log(self) -> None:
+        """Take the write-ahead log into the file and leave nothing in it, for a function that `run` runs.
+
+        Raises StorageUnavailable when others are reading for longer than `busy_timeout_s`.
+        """
+        async with self.writer() as connection:
+            driver = await driver_of(connection)
+            cursor = await driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            found = await cursor.fetchone()
+            await cursor.close()
+        if found is None or found[0]:
+            raise StorageUnavailable(f"{self.name} is being read: its write-ahead log can't be emptied now")
+
     async def _truncate_log(self) -> None:
         try:
             async with self.writer() as connection:

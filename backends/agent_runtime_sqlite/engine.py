@@ -32,6 +32,7 @@ _WRITER: Final[Mapping[str, object]] = {
     "synchronous": 2,  # FULL: a commit has reached the disk when it returns
     "fullfsync": 1,  # and on macOS the disk's platters too
     "foreign_keys": 1,
+    "secure_delete": 1,  # what was deleted is overwritten, not only forgotten
 }
 _READER: Final[Mapping[str, object]] = {"journal_mode": "wal", "query_only": 1}
 

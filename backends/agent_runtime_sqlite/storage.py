@@ -31,7 +31,7 @@ class SqliteStorage:
     """A SQLite file. See `agent_runtime.storage.Storage`."""
 
     def __init__(self, path: Path, database: Database, writer: Writer, clock: Clock) -> None:
-        self._abilities = Abilities(survives="power", journal_directory=f"{path}.journal")
+        self._abilities = Abilities(survives="power", journal_directory=f"{path}.journal", scrubs=True)
         self._database = database
         self._writer = writer
         self._readers = Readers(database, clock)
@@ -53,6 +53,9 @@ class SqliteStorage:
 
     async def purge(self, fence: Fence, *, now: datetime, rows_max: int) -> int:
         return await self._writer.run(purge, fence, now, rows_max)
+
+    async def scrub(self) -> None:
+        await self._writer.truncate_log()  # it still has pages as they were; in the file they are overwritten
 
     def figures(self) -> PoolFigures:
         return self._database.figures()

@@ -34,6 +34,11 @@ class Writer:
         async with self._turn:
             return await self._database.run(self._transaction, function, args)
 
+    async def truncate_log(self) -> None:
+        """See `Database.truncate_log`."""
+        async with self._turn:
+            await self._database.run(self._database.truncate_log)
+
     async def _transaction(self, function: Callable[[SqliteTransaction, *Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
         async with self._database.writer() as connection:
             driver = await driver_of(connection)

@@ -40,7 +40,7 @@ from .errors import (
 )
 from .hookspecs import hookimpl
 from .quarantine import QuarantinedChange
-from .records import AgentContext, AgentSwitch, Document, Message, NewMessage, Page, Session, Watermarks
+from .records import AgentContext, AgentSwitch, Document, Message, NewMessage, Page, PurgedSession, Session, Watermarks
 from .runtime import Runtime, open_runtime
 from .session import SessionHandle
 from .sources import load_config
@@ -73,6 +73,7 @@ __all__ = [
     "Overloaded",
     "Page",
     "PluginError",
+    "PurgedSession",
     "Quarantined",
     "QuarantinedChange",
     "Runtime",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -33,6 +34,7 @@ from .records import (
     NewMessage,
     Order,
     Page,
+    PurgedSession,
     Role,
     Session,
     Watermarks,
@@ -433,6 +435,11 @@ class BlockingRuntime(_Caller):
         self, *, user_id: str | None = None, limit: int = 50, cursor: str | None = None, order: Order = "desc"
     ) -> Page[Session]:
         return self._call(self._runtime.list_sessions, user_id=user_id, limit=limit, cursor=cursor, order=order)
+
+    def purge_sessions(
+        self, session_ids: Sequence[str], *, idle_longer_than: timedelta | None = None, dry_run: bool = False
+    ) -> list[PurgedSession]:
+        return self._call(self._runtime.purge_sessions, session_ids, idle_longer_than=idle_longer_than, dry_run=dry_run)
 
     def scan_sessions(self, *, user_id: str | None = None, order: Order = "asc") -> Iterator[Session]:
         cursor = None

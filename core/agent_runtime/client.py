@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from .records import AgentContext, AgentSwitch, Durability, Message, Order, Page, Session
+from .records import AgentContext, AgentSwitch, Durability, Message, Order, Page, PurgedSession, Session
 
 if TYPE_CHECKING:
     from .status import Status
@@ -49,6 +50,11 @@ class SessionsClient(Protocol):
 
     async def get_session(self, session_id: str) -> SessionClient:
         """The session with this id."""
+
+    async def purge_sessions(
+        self, session_ids: Sequence[str], *, idle_longer_than: timedelta | None = None, dry_run: bool = False
+    ) -> list[PurgedSession]:
+        """Delete sessions so that nothing of them is left; returns those that were there."""
 
     async def flush(self) -> None:
         """Wait until every change acknowledged so far is stored."""

@@ -432,6 +432,11 @@ class Door:
         while len(creations) > _CREATIONS_MAX and next(iter(creations.values())).sequence <= self.residents.settled:
             creations.popitem(last=False)
 
+    @property
+    def creations(self) -> list[OutcomeRow]:
+        """The outcomes of creations that are in memory: at least all that a view of the database may lack."""
+        return [*self._creations.values()]
+
     def forget(self, outcome: OutcomeRow) -> None:
         """If it is that of a creation: it is given up."""
         if outcome.scope == CREATION_SCOPE:

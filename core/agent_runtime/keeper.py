@@ -14,7 +14,7 @@ from typing import Final
 import anyio
 from anyio.lowlevel import checkpoint
 
-from .errors import JournalError
+from .errors import JournalError, RuntimeClosed
 from .journal import Journal
 from .log import Log
 
@@ -45,6 +45,8 @@ class JournalKeeper:
         self._cuts = cuts
         self._wake = anyio.Event()
         self._failing = False
+        self._erasing: list[tuple[int, anyio.Event]] = []
+        self._closed = False
         log.on_demand(sync=self._wake_up)
 
     def _wake_up(self) -> None:
@@ -62,6 +64,31 @@ class JournalKeeper:
             await checkpoint()  # let everyone who is about to wait at this moment share the sync
             await self._sync()
             await self._cut()
+            await self._erase()
+
+    async def erase(self, upto: int) -> None:
+        """Wait until no file of the journal has a change up to `upto`, however long it is to retain them.
+
+        What is in the same files and not stored yet is stored first. Where what is stored survives nothing, the journal
+        keeps everything, and this does nothing.
+        """
+        if not self._cuts:
+            return
+        done = anyio.Event()
+        self._erasing.append((upto, done))
+        while not done.is_set():
+            if self._closed:
+                raise RuntimeClosed
+            self._wake.set()
+            await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
+            with anyio.move_on_after(_PAUSE_S):
+                await done.wait()
+
+    async def _erase(self) -> None:
+        for upto, done in [*self._erasing]:
+            if await self.journal.erase(self._log.stored, upto):
+                done.set()
+                self._erasing.remove((upto, done))
 
     async def close(self) -> None:
         """The last: sync what is not stored, cut what is. The directory is for the next runtime then."""
@@ -70,6 +97,7 @@ class JournalKeeper:
         else:
             await self._sync()
             await self._cut()
+        self._closed = True
         self.journal.close()
 
     async def _sync(self) -> None:

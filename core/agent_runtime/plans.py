@@ -20,7 +20,7 @@ from .errors import InvalidInput, SessionExists, SessionNotFound
 from .identifiers import Identifiers
 from .records import AgentContext, Document, Message, NewMessage, Session
 from .residents import Resident, encode_to_keep
-from .rows import ContextRow, DocumentRow, SwitchRow
+from .rows import ContextRow, DocumentRow, OutcomeRow, SwitchRow
 
 __all__ = [
     "MESSAGE_BYTES_MAX",
@@ -299,6 +299,25 @@ class Planner:
         if current.last_activity >= before:
             return Plan(None, False)
         return Plan(self.delete(current).change, True)
+
+    def delete_unchanged(self, seen: int, current: Resident | None) -> Plan[bool]:
+        """The session away if its last change is the one with the sequence `seen`."""
+        if current is None or current.deleted or current.sequence != seen:
+            return Plan(None, False)
+        return Plan(self.delete(current).change, True)
+
+    def forget(self, outcome: OutcomeRow, seen: int, current: Resident | None) -> Plan[int | None]:
+        """An outcome overwritten by one that says nothing and has expired, if the session's last change is `seen`.
+
+        The result is the sequence of the session's last change then; None: something else has happened.
+        """
+        if current is None or current.deleted or current.sequence != seen:
+            return Plan(None, None)
+        sequence = self._sequence()
+        nothing = msgspec.structs.replace(
+            outcome, route="", body_hash="", outcome="null", sequence=sequence, expires_at=self._now()
+        )
+        return Plan(self._change(current, last_activity=current.last_activity, outcome=nothing), sequence)
 
     def switch_agent(
         self, resident: Resident, agent: str, reason: str | None, metadata: str | None

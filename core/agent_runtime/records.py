@@ -23,6 +23,7 @@ __all__ = [
     "NewMessage",
     "Order",
     "Page",
+    "PurgedSession",
     "Role",
     "Session",
     "Time",
@@ -62,6 +63,16 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     last_activity: Time
     message_count: int
     incarnation: str
+
+
+class PurgedSession(msgspec.Struct, frozen=True, kw_only=True):
+    """What a purge takes of a session: messages, documents, changes in quarantine, and the bytes of these, as JSON."""
+
+    session_id: str
+    messages: int
+    documents: int
+    quarantined: int
+    bytes: int
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

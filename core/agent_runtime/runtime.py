@@ -45,9 +45,10 @@ from .log import Log
 from .opening import claimed, levels_of
 from .plans import MESSAGE_BYTES_MAX, TITLE_CHARS_MAX, NewSession, Planner
 from .plugins import PluginManager
+from .purges import Purges
 from .quarantine import Quarantine
 from .reads import Reads
-from .records import DEFAULT_AGENT, Durability, NewMessage, Order, Page, Session, Watermarks
+from .records import DEFAULT_AGENT, Durability, NewMessage, Order, Page, PurgedSession, Session, Watermarks
 from .recovery import recover
 from .residents import Resident, Residents
 from .retention import Retention
@@ -130,6 +131,14 @@ class Runtime:
             budget=self._budget,
             residents=self._residents,
             scheduler=self._scheduler,
+        )
+        self._purges = Purges(
+            door=self._door,
+            planner=self._planner,
+            reads=self._reads,
+            quarantine=self._quarantine,
+            scheduler=self._scheduler,
+            journal=self._journal,
         )
         self._archives = Archives(
             door=self._door,
@@ -295,6 +304,33 @@ class Runtime:
             if page.next is None:
                 return
             cursor = page.next
+
+    async def purge_sessions(
+        self,
+        session_ids: Sequence[str],
+        *,
+        idle_longer_than: timedelta | None = None,
+        dry_run: bool = False,
+    ) -> list[PurgedSession]:
+        """Delete sessions (at most 1000) so that nothing of them is left in the database's rows nor in the journal.
+
+        Returns those that were there, each with what was taken of it. Given `idle_longer_than`, only those in which
+        nothing has changed for so long, and that are not held; else changes in quarantine are given up too. With
+        `dry_run` nothing is deleted. What the storage's own files keep of deleted rows, its documentation says.
+
+        Raises:
+            StorageUnavailable: they are deleted, as by `delete`, but what was deleted is still there after
+                `durability_timeout_s`.
+        """
+        check_limit("session_ids", len(session_ids), PAGE_ITEMS_MAX)
+        for session_id in session_ids:
+            check_id("session_ids", session_id)
+        self._door.check_open()
+        timeout_s = self.config.write_behind.durability_timeout_s
+        with anyio.move_on_after(timeout_s):
+            return await self._purges.purge(session_ids, idle_longer_than, dry_run=dry_run)
+        error = self._scheduler.figures.last_error or "no error so far, it is slow"
+        raise StorageUnavailable(f"what was to be purged is not gone after {timeout_s:g} s: {error}")
 
     def _handle(self, session_id: str, incarnation: str) -> SessionHandle:
         return SessionHandle(session_id, incarnation, self._door, self._planner, self._reads, self.plugins)

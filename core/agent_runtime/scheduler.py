@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, cast
 
 import anyio
 import msgspec
@@ -39,11 +39,12 @@ from .errors import (
     SessionNotFound,
     StorageError,
     StorageFatal,
+    again,
 )
 from .histograms import COUNTS, SECONDS, Histogram
 from .log import Log
 from .residents import Resident, Residents
-from .storage import Fence, Storage
+from .storage import Fence, Scrubs, Storage
 
 __all__ = ["FlushFigures", "Observers", "Pending", "Scheduler", "SchedulerOptions"]
 
@@ -141,9 +142,10 @@ class Scheduler:
         self._wake = anyio.Event()
         self._taken_at = 0.0
         self._stopping = False
-        self._abandoned = False
+        self._abandoned_for: AgentRuntimeError | None = None
         self._scope = anyio.CancelScope()
         self._purge_at = anyio.current_time()  # an earlier run may have left rows to purge
+        self._purge_awaited: list[anyio.Event] = []
         log.on_demand(store=self._wake_up)
         budget.on_demand = self._wake_up
         residents.on_settled = budget.release
@@ -188,6 +190,21 @@ class Scheduler:
         self._observers.change_quarantined(change, SessionNotFound(change.session_id))
         self.add(Pending(change, None, size))
 
+    async def purged(self) -> None:
+        """Wait until every row that nobody can see now is deleted, and taken out of the storage's files if it can.
+
+        Raises:
+            LeaseLost, RuntimeClosed: that will not happen any more.
+        """
+        done = anyio.Event()
+        self._purge_awaited.append(done)
+        self._purge_at = anyio.current_time()
+        self._wake.set()
+        if self._abandoned_for is None:
+            await done.wait()
+        if self._abandoned_for is not None:
+            raise again(self._abandoned_for)
+
     def stop(self) -> None:
         """From now on flush without waiting, and end when everything is stored."""
         self._stopping = True
@@ -213,7 +230,9 @@ class Scheduler:
 
     def abandon(self, error: AgentRuntimeError) -> None:
         """The runtime closes, drained or not: break off, and tell everyone who still waits."""
-        self._abandoned = True
+        self._abandoned_for = error
+        for waiting in self._purge_awaited:
+            waiting.set()
         self._scope.cancel()
         self._wake.set()
         self._log.stop(error)
@@ -222,13 +241,13 @@ class Scheduler:
     def _breakable(self) -> anyio.CancelScope:
         """Around what may take long: shielded from all but `abandon`, whether that comes meanwhile or came before."""
         self._scope = anyio.CancelScope(shield=True)
-        if self._abandoned:
+        if self._abandoned_for is not None:
             self._scope.cancel()
         return self._scope
 
     @property
     def _ended(self) -> bool:
-        return self._abandoned or (self._stopping and not self._pending)
+        return self._abandoned_for is not None or (self._stopping and not self._pending)
 
     def _wake_up(self) -> None:
         self._wake.set()
@@ -270,7 +289,7 @@ class Scheduler:
             rejected[changes[0].change.sequence] = reason
             self._hold_rejected(changes[0], JournalCorrupt(reason))
         attempt = 0
-        while not self._abandoned and (
+        while self._abandoned_for is None and (
             changes := [pending for pending in changes if pending.change.sequence > self._log.stored]
         ):
             attempt += 1
@@ -409,10 +428,13 @@ class Scheduler:
     async def _purge(self) -> None:
         """Delete one chunk of rows that nobody can see."""
         self._purge_at = anyio.current_time() + _PURGE_INTERVAL_S
+        awaited = [*self._purge_awaited]
         try:
             rows = 0
             with self._breakable():
                 rows = await self._storage.purge(self._fence, now=self._now(), rows_max=_PURGE_ROWS)
+                if awaited and not rows and self._storage.abilities.scrubs:
+                    await cast("Scrubs", self._storage).scrub()
         except LeaseLost:
             raise
         except Exception as error:  # noqa: BLE001 — purging can wait
@@ -421,3 +443,7 @@ class Scheduler:
             return
         if rows:
             self._purge_at = anyio.current_time()
+            return
+        for waiting in awaited:
+            waiting.set()
+            self._purge_awaited.remove(waiting)

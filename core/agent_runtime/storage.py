@@ -44,6 +44,7 @@ __all__ = [
     "LeaseDesk",
     "LeaseRow",
     "PoolFigures",
+    "Scrubs",
     "SessionKey",
     "Snapshot",
     "Storage",
@@ -67,11 +68,12 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a storage declares of itself; nothing is found out by trying.
 
     `journal_directory` is where the journal lies unless the configuration says so: beside a database that is a local
-    file. None: the configuration must say.
+    file. None: the configuration must say. `scrubs`: the storage is one that `Scrubs`, too.
     """
 
     survives: Survival
     journal_directory: str | None = None
+    scrubs: bool = False
 
 
 class Fence(msgspec.Struct, frozen=True, kw_only=True):
@@ -283,6 +285,17 @@ class Storage(Protocol):
 
     def figures(self) -> PoolFigures:
         """The pool as it is now; synchronous and cheap."""
+
+
+class Scrubs(Protocol):
+    """What a storage may do besides, if it declares so."""
+
+    async def scrub(self) -> None:
+        """Take out of its files, as far as it can, what was deleted before; called when `purge` has nothing left.
+
+        Raises:
+            StorageUnavailable: try again.
+        """
 
 
 StorageFactory: TypeAlias = Callable[[StorageConfig], AbstractAsyncContextManager[Storage]]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import http.client
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -25,6 +25,7 @@ from agent_runtime import (
     InvalidInput,
     Message,
     Page,
+    PurgedSession,
     Session,
     SessionNotFound,
     Status,
@@ -55,6 +56,10 @@ class _HandOver(msgspec.Struct, frozen=True):
 
 class _Context(AgentContext, frozen=True, kw_only=True):
     agent_history: list[_HandOver]
+
+
+class _Purged(msgspec.Struct, frozen=True):
+    items: list[PurgedSession]
 
 
 class _Problem(msgspec.Struct, frozen=True):
@@ -107,16 +112,16 @@ class _Wire:
         self._shown = shown
         self._headers = authorization()
 
-    async def ask(self, method: str, path: str, kind: type[T], **query: object) -> T:
-        """Make a request; its answer as `kind`."""
+    async def ask(self, method: str, path: str, kind: type[T], *, body: object = None, **query: object) -> T:
+        """Make a request, with a body of JSON if one is given; its answer as `kind`."""
         given = urlencode({name: value for name, value in query.items() if value is not None})
         target = f"{self._root}{path}?{given}" if given else self._root + path
-        exchange = partial(self._exchange, method, target)
-        status, body = await anyio.to_thread.run_sync(exchange, abandon_on_cancel=True)
+        exchange = partial(self._exchange, method, target, None if body is None else msgspec.json.encode(body))
+        status, answer = await anyio.to_thread.run_sync(exchange, abandon_on_cancel=True)
         try:
             if status < 300:
-                return msgspec.json.decode(body or b"null", type=kind)
-            problem = msgspec.json.decode(body, type=_Problem)
+                return msgspec.json.decode(answer or b"null", type=kind)
+            problem = msgspec.json.decode(answer, type=_Problem)
         except msgspec.MsgspecError:
             raise StorageUnavailable(f"{self._shown} answers {status}, and not as a server of agent-runtime") from None
         if problem.type.endswith(":session-not-found"):
@@ -124,9 +129,10 @@ class _Wire:
         way_out = f"; set {_VARIABLE}" if status == HTTPStatus.UNAUTHORIZED else ""
         raise AgentRuntimeError(f"{self._shown} answers {status}: {problem.detail}{way_out}")
 
-    def _exchange(self, method: str, target: str) -> tuple[int, bytes]:
+    def _exchange(self, method: str, target: str, body: bytes | None) -> tuple[int, bytes]:
+        headers = self._headers if body is None else {**self._headers, "Content-Type": "application/json"}
         try:
-            self._connection.request(method, target, headers=self._headers)
+            self._connection.request(method, target, body, headers)
             answer = self._connection.getresponse()
             return answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -150,6 +156,14 @@ class _Sessions:
         session = _Session(self._wire, session_id)
         await session.record()
         return session
+
+    async def purge_sessions(
+        self, session_ids: Sequence[str], *, idle_longer_than: timedelta | None = None, dry_run: bool = False
+    ) -> list[PurgedSession]:
+        body = {"session_ids": session_ids, "dry_run": dry_run}
+        if idle_longer_than is not None:
+            body["idle_longer_than_s"] = idle_longer_than.total_seconds()
+        return (await self._wire.ask("POST", "/v1/purge", _Purged, body=body)).items
 
     async def flush(self) -> None:
         await self._wire.ask("POST", "/v1/flush", object)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from agent_runtime import DurabilityNotReached, Session, SessionHandle
+from agent_runtime import DurabilityNotReached, InvalidInput, Session, SessionHandle
 
 from .answers import NO_CONTENT, Answer, json_answer
 from .bodies import MERGE_PATCH
 from .operations import Gives, Operations, Takes, operation
 from .queries import CURSOR, DURABILITY, USER_ID, limit, order
 from .resources import Call
-from .shapes import NewSession, NewSessionWithId, SessionPage, SessionPatch
+from .shapes import IDLE_S_MAX, NewSession, NewSessionWithId, Purge, PurgedSessions, SessionPage, SessionPatch
 
 __all__ = ["OPERATIONS"]
 
@@ -98,6 +99,30 @@ async def delete_session(call: Call) -> Answer:
     return NO_CONTENT
 
 
+@operation(Gives(200, PurgedSessions), takes=Takes(Purge, example={"session_ids": ["porto"], "dry_run": True}))
+async def purge_sessions(call: Call) -> Answer:
+    """Delete sessions so that nothing of them is left.
+
+    The answer, which comes once they are gone from the database's rows and from the journal, has those that were there
+    and idle for as long as is asked for, with what was taken of each.
+    """
+    given = await call.members()
+    session_ids, idle_s, dry_run = given["session_ids"], given.get("idle_longer_than_s"), given.get("dry_run") or False
+    if not isinstance(session_ids, list):
+        raise InvalidInput("session_ids", "must be a list of ids")
+    if not isinstance(dry_run, bool):
+        raise InvalidInput("dry_run", "must be true or false")
+    idle = None if idle_s is None else _length(idle_s)
+    purged = await call.runtime.purge_sessions(session_ids, idle_longer_than=idle, dry_run=dry_run)
+    return json_answer({"items": purged})
+
+
+def _length(seconds: object) -> timedelta:
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds <= IDLE_S_MAX:
+        return timedelta(seconds=seconds)
+    raise InvalidInput("idle_longer_than_s", f"must be a number of seconds above 0, at most {IDLE_S_MAX}")
+
+
 def _given(members: dict[str, Any]) -> dict[str, Any]:
     """Null is as absent."""
     return {name: value for name, value in members.items() if value is not None}
@@ -111,6 +136,7 @@ def _recorded(error: DurabilityNotReached) -> DurabilityNotReached:
 
 OPERATIONS: Final[Operations] = {
     "/v1/sessions": {"GET": list_sessions, "POST": create_session},
+    "/v1/purge": {"POST": purge_sessions},
     "/v1/sessions/{session_id}": {
         "GET": get_session,
         "PUT": get_or_create_session,

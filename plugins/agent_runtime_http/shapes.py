@@ -11,15 +11,16 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from agent_runtime import AgentContext, Document, Message, Session, Watermarks
+from agent_runtime import AgentContext, Document, Message, PurgedSession, Session, Watermarks
 from agent_runtime.plans import TITLE_CHARS_MAX
 from agent_runtime.records import DEFAULT_AGENT, Role, Time
-from agent_runtime.session import DESCRIPTION_CHARS_MAX, REASON_CHARS_MAX
+from agent_runtime.session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, REASON_CHARS_MAX
 from agent_runtime.validation import ID_CHARS_MAX, TOKEN_COUNT_MAX
 
 from .queries import ID
 
 __all__ = [
+    "IDLE_S_MAX",
     "AgentHandOver",
     "ChatMessage",
     "Check",
@@ -39,6 +40,8 @@ __all__ = [
     "NewSession",
     "NewSessionWithId",
     "PastHandOver",
+    "Purge",
+    "PurgedSessions",
     "Readiness",
     "SessionPage",
     "SessionPatch",
@@ -46,6 +49,8 @@ __all__ = [
 ]
 
 _RESERVED: Final = ["role", "content", "name", "tool_calls", "tool_call_id", "token_count", "metadata", "extra", "id"]
+
+IDLE_S_MAX: Final = 36_500 * 86_400
 
 Id: TypeAlias = Annotated[str, Meta(extra_json_schema=dict(ID))]
 Name: TypeAlias = Annotated[
@@ -93,6 +98,22 @@ class SessionPage(msgspec.Struct, kw_only=True):
 
     items: list[Session]
     next: str | None
+
+
+class Purge(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Which sessions are to be purged: of these ids, and where so given those in which nothing has changed for longer.
+    With `dry_run` nothing is deleted.
+    """
+
+    session_ids: Annotated[list[Id], Meta(min_length=1, max_length=PAGE_ITEMS_MAX)]
+    idle_longer_than_s: Annotated[float, Meta(gt=0, le=IDLE_S_MAX)] | None = None
+    dry_run: bool | None = None
+
+
+class PurgedSessions(msgspec.Struct, kw_only=True):
+    """The sessions that were purged, or would be."""
+
+    items: list[PurgedSession]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

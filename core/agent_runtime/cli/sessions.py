@@ -1,8 +1,11 @@
-"""`agent-runtime sessions …`: a look at what is stored, and its deletion."""
+"""`agent-runtime sessions …`: a look at what is stored, its deletion, and its purge."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Annotated
 
@@ -10,19 +13,22 @@ import anyio
 import typer
 
 from ..client import SessionClient, SessionsClient
+from ..durations import duration
 from ..errors import SessionNotFound
-from ..records import Message, Session
+from ..records import Message, PurgedSession, Session
 from ..session import PAGE_ITEMS_MAX
 from .conversation import Line, head_lines, message_lines, switch_lines
 from .exits import FAILED, USAGE, Failure, tell
 from .options import AsJson, ConfigFile, ServerUrl, StorageUrl, load
 from .running import run_anywhere
-from .terminal import console, is_terminal, output_is_terminal, write
+from .terminal import console, is_terminal, output_is_terminal, progress, write
 from .text import json_line, moment, visible
 
 __all__ = ["app"]
 
-app = typer.Typer(help="List, show and delete sessions.", no_args_is_help=True)
+_PORTION = 100
+
+app = typer.Typer(help="List, show, delete and purge sessions.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -167,15 +173,22 @@ def delete_sessions(
     """Delete sessions with all they have. Asks first; without a terminal to ask on, --yes is needed."""
     config = load(config_file, storage)
     if not yes:
-        if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
-            raise Failure("there is no terminal to ask on: say --yes to delete without a question", code=USAGE)
-        # Asked before the database is opened: nobody else could open it while we wait for an answer.
-        what = f"session {session_ids[0]!r}" if len(session_ids) == 1 else f"{len(session_ids)} sessions"
-        if not typer.confirm(f"Delete {visible(what)} with all messages?", err=True):
-            raise Failure("nothing is deleted")
+        _ask("delete", _named(session_ids))
     missing = run_anywhere(config, server, partial(_delete, session_ids=list(dict.fromkeys(session_ids))))
     if missing:
         raise typer.Exit(FAILED)
+
+
+def _named(session_ids: list[str]) -> str:
+    return f"session {session_ids[0]!r}" if len(session_ids) == 1 else f"{len(session_ids)} sessions"
+
+
+def _ask(verb: str, what: str) -> None:
+    """Ask whether to go on. Before the database is opened: nobody else could open it while we wait for an answer."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        raise Failure(f"there is no terminal to ask on: say --yes to {verb} without a question", code=USAGE)
+    if not typer.confirm(f"{verb.capitalize()} {visible(what)} with all messages?", err=True):
+        raise Failure(f"nothing is {verb}d")
 
 
 async def _delete(sessions: SessionsClient, *, session_ids: list[str]) -> int:
@@ -193,3 +206,96 @@ async def _delete(sessions: SessionsClient, *, session_ids: list[str]) -> int:
     await sessions.flush()
     await write("".join(f"deleted {visible(session_id)}\n" for session_id in deleted))
     return missing
+
+
+@app.command("purge")
+def purge_sessions(
+    session_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]…", help="The sessions.", show_default=False)
+    ] = None,
+    idle_longer_than: Annotated[
+        str | None,
+        typer.Option(
+            "--idle-longer-than",
+            metavar="LENGTH",
+            help="Only sessions in which nothing has changed for so long, such as 30d or 12h; without IDs all of them.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete nothing, tell what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+    as_json: AsJson = False,
+    config_file: ConfigFile = None,
+    storage: StorageUrl = None,
+    server: ServerUrl = None,
+) -> None:
+    """Delete sessions so that nothing of them is left: rows, documents, quarantine, idempotency keys, and the journal.
+
+    A line for each session, with tabs between id, messages, documents, changes in quarantine and bytes; with --json a
+    JSON object a line. Asks first; without a terminal to ask on, --yes is needed.
+
+    Backups, and what a database keeps for itself (PostgreSQL until VACUUM), are not within its reach.
+    """
+    config = load(config_file, storage)
+    if not session_ids and idle_longer_than is None:
+        raise Failure("name sessions, or say --idle-longer-than", code=USAGE)
+    try:
+        idle = None if idle_longer_than is None else duration(idle_longer_than)
+    except ValueError as error:
+        raise Failure(f"--idle-longer-than: {error}", code=USAGE) from error
+    wanted = list(dict.fromkeys(session_ids or ()))
+    if not (yes or dry_run):
+        whose = _named(wanted) if wanted else "all sessions"
+        _ask("purge", whose if idle_longer_than is None else f"{whose} idle for longer than {idle_longer_than}")
+    work = partial(_purge, session_ids=wanted, idle=idle, dry_run=dry_run, as_json=as_json)
+    missing = run_anywhere(config, server, work)
+    if missing:
+        raise typer.Exit(FAILED)
+
+
+async def _purge(
+    sessions: SessionsClient, *, session_ids: list[str], idle: timedelta | None, dry_run: bool, as_json: bool
+) -> int:
+    """Purge, some at a time. Returns how many of those that were named are not there."""
+    count = messages = size = missing = done = 0
+    verb = "would purge" if dry_run else "purged"
+    with progress("looking" if dry_run else "purging", len(session_ids) or None) as told:
+        async with aclosing(_portions(sessions, session_ids, idle)) as portions:
+            async for portion in portions:
+                found = await sessions.purge_sessions(portion, idle_longer_than=idle, dry_run=dry_run)
+                await write("".join(map(json_line if as_json else _purged_line, found)))
+                count += len(found)
+                messages += sum(it.messages for it in found)
+                size += sum(it.bytes for it in found)
+                done += len(portion)
+                told(f"{count} session(s)", done)
+                if idle is None:
+                    left = set(portion).difference(it.session_id for it in found)
+                    for session_id in [each for each in portion if each in left]:
+                        tell(str(SessionNotFound(session_id)))
+                    missing += len(left)
+    typer.echo(f"{verb} {count} session(s): {messages} message(s), {size} bytes", err=True)
+    return missing
+
+
+async def _portions(
+    sessions: SessionsClient, session_ids: list[str], idle: timedelta | None
+) -> AsyncGenerator[list[str], None]:
+    """The sessions named; without names those that are idle, as the list has them."""
+    for first in range(0, len(session_ids), _PORTION):
+        yield session_ids[first : first + _PORTION]
+    if session_ids or idle is None:
+        return
+    before = datetime.now(UTC) - idle
+    cursor: str | None = None
+    while True:
+        page = await sessions.list_sessions(limit=_PORTION, cursor=cursor, order="asc")
+        if found := [it.session_id for it in page.items if it.last_activity < before]:
+            yield found
+        cursor = page.next
+        if cursor is None:
+            return
+
+
+def _purged_line(it: PurgedSession) -> str:
+    return f"{visible(it.session_id)}\t{it.messages}\t{it.documents}\t{it.quarantined}\t{it.bytes}\n"

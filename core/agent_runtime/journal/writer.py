@@ -10,13 +10,15 @@ misbehaves keeps three rules:
   written again, from memory, into another. `synced` moves only when all that is on the disk.
 - While less is free than twice what is unstored, nothing is appended: there must be room to write all of it again.
 
-`append` runs on the event loop and never waits. `sync`, `cut` and `finish` belong to one task, one call at a time.
+`append` runs on the event loop and never waits. `sync`, `cut`, `erase` and `finish` belong to one task, one call at a
+time.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -483,6 +485,20 @@ class Journal:
                 await checkpoint()
         first = min(segment.first for segment in self._segments)
         self._voids = [void for void in self._voids if void[1] >= min(first, stored + 1)]
+
+    async def erase(self, stored: int, upto: int) -> bool:
+        """As `cut`, whatever is to be retained, and with the newest segment ended before that if it begins at or before
+        `upto`. True: nothing up to `upto` is left; else there are changes behind it that are not stored.
+        """
+        current = self._current
+        if current is not None and current.size > current.empty_size and current.first <= upto:
+            self._try_to_rotate()
+            await self._sync_all()
+        for segment in self._segments:
+            if segment is not self._current:
+                segment.stored_at = -math.inf
+        await self.cut(stored)
+        return all(segment.first > upto for segment in self._segments)
 
     async def finish(self, stored: int) -> None:
         """As `cut`, and of the newest segment leave a header only: by that the next opening knows the journal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
+from typing import cast
 
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.hookspecs import hookimpl
@@ -20,6 +21,7 @@ from agent_runtime.storage import (
     LeaseDesk,
     LeaseRow,
     PoolFigures,
+    Scrubs,
     SessionKey,
     Snapshot,
     Storage,
@@ -60,6 +62,9 @@ class FaultyStorage:
 
     async def purge(self, fence: Fence, *, now: datetime, rows_max: int) -> int:
         return await self._faults.call("purge", lambda: self._inner.purge(fence, now=now, rows_max=rows_max))
+
+    async def scrub(self) -> None:
+        await cast("Scrubs", self._inner).scrub()
 
     def figures(self) -> PoolFigures:
         return self._inner.figures()
