@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 import anyio
+import msgspec
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -18,7 +19,17 @@ from starlette.routing import Mount
 from starlette.types import Scope
 
 import agent_runtime_metrics
-from agent_runtime import Config, JournalError, JournalFull, Overloaded, Quarantined, Runtime, hookimpl, open_runtime
+from agent_runtime import (
+    Config,
+    JournalError,
+    JournalFull,
+    Overloaded,
+    Quarantined,
+    Runtime,
+    Status,
+    hookimpl,
+    open_runtime,
+)
 from agent_runtime.histograms import SECONDS, Histogram
 from agent_runtime.testing import Faults, SimulatedDisk, creates_session, faulty_plugin
 from agent_runtime_http import Unauthenticated, create_app, lifespan
@@ -220,6 +231,20 @@ async def test_a_journal_that_can_not_be_synced_or_written() -> None:
         with pytest.raises(JournalError):
             await journal.journal.sync(runtime._scheduler.unstored)
         assert look(runtime)("journal_sync_failures_total") >= 1
+
+
+@pytest.mark.anyio
+async def test_a_status_stays_as_it_was() -> None:
+    async with running() as runtime:
+        session = await runtime.create_session("s")
+        await session.append("user", "hi")
+        await runtime.flush()
+        taken = runtime.status()
+        before = msgspec.json.encode(taken)
+        await session.append("user", "hi")
+        await runtime.flush()
+        assert msgspec.json.encode(taken) == before
+        assert msgspec.json.decode(before, type=Status) == taken
 
 
 # --- histograms -------------------------------------------------------------------------------------------------------

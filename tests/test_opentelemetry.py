@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.applications import Starlette
 from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import agent_runtime_opentelemetry
 import rig
-from agent_runtime import Config, StorageUnavailable
+from agent_runtime import Config, StorageUnavailable, hookimpl
 from agent_runtime.testing import Faults
 from agent_runtime_http import create_app, lifespan
+from agent_runtime_http.hookspecs import Middleware
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_opentelemetry import Tracing
 from http_rig import App, opened, runtime_of
@@ -50,9 +52,9 @@ class Sink:
 
 
 @asynccontextmanager
-async def traced(sink: Sink) -> AsyncIterator[App]:
+async def traced(sink: Sink, *plugins: object) -> AsyncIterator[App]:
     config = Config.of("memory:", plugins={"disabled": ["opentelemetry"]}, write_behind={"interval_s": 1e6})
-    async with opened(config, [sink.plugin]) as app:
+    async with opened(config, [sink.plugin, *plugins]) as app:
         yield app
 
 
@@ -148,8 +150,24 @@ async def test_a_flush_has_a_span_of_its_own_and_one_for_each_failure() -> None:
 
 
 async def test_nobody_s_words_are_in_a_span() -> None:
+    class Rude:
+        """Middleware that has something to say."""
+
+        @hookimpl(optionalhook=True)
+        def agent_runtime_http_middleware(self) -> Sequence[Middleware]:
+            def around(app: ASGIApp) -> ASGIApp:
+                async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+                    if scope["method"] == "PATCH":
+                        raise RuntimeError(SECRET)
+                    await app(scope, receive, send)
+
+                return failing
+
+            return [around]
+
     sink = Sink()
-    async with traced(sink) as app:
+    async with traced(sink, Rude()) as app:
+        assert (await app("PATCH", "/v1/sessions/s1", {"title": "T"})).status == 500
         await app("PUT", "/v1/sessions/s1", {"title": SECRET, "metadata": {"a": SECRET}})
         await app("POST", "/v1/sessions/s1/messages", {"role": "user", "content": SECRET})
         await app("POST", "/v1/sessions/s1/messages", {"role": SECRET, "content": SECRET})
@@ -157,7 +175,7 @@ async def test_nobody_s_words_are_in_a_span() -> None:
         await app("GET", f"/{SECRET.replace(' ', '%20')}?q={SECRET.replace(' ', '+')}")
         await runtime_of(app).flush()
     told = "".join(span.to_json() for span in sink.spans)
-    assert len(sink.spans) == 7
+    assert len(sink.spans) == 8
     assert "fox" not in told
 
 

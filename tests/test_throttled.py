@@ -136,4 +136,6 @@ async def test_on_sqlite_for_a_minute(tmp_path: Path) -> None:
     with closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT seq, content FROM messages ORDER BY seq").fetchall()
     load.check({seq: int(content.split()[0]) for seq, content in rows})
-    assert load.slowest_s < WAIT_S + 5.0  # on a machine that does other things as well; without a bound it is most of 60
+    assert (
+        load.slowest_s < WAIT_S + 5.0
+    )  # on a machine that does other things as well; without a bound it is most of 60
