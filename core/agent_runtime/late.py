@@ -26,25 +26,25 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from anyio.lowlevel import checkpoint
-from msgspec import Raw
 from msgspec.structs import replace
 
 from .budget import CHANGE_BYTES, Budget
-from .changes import Change, Details, EncodedMessage, Late, decode_change, encode_change
+from .changes import Change, Late, decode_change, encode_change
 from .directories import Overtaken
 from .door import CREATION_SCOPE, Door, Plan
 from .errors import JournalCorrupt, JournalError, Overloaded, Quarantined, StorageUnavailable
 from .journal import Frame
 from .journal.headers import number_of, segment_name
+from .late_changes import Found, Story, reborn, rebuilt
 from .log import Log
 from .reads import Reads
-from .records import LATE
+from .records import Session
 from .residents import Resident
-from .rows import DocumentRow, OutcomeRow
+from .rows import OutcomeRow
 from .scheduler import Pending, Scheduler
 
 __all__ = ["MARK", "LateReplay"]
@@ -55,8 +55,7 @@ MARK: Final = "overtaken"
 _CHANGES_PER_TURN: Final = 50
 _PAGE: Final = 1000
 _MARK_BYTES_MAX: Final = 4096
-_decode_message: Final = msgspec.json.Decoder(EncodedMessage).decode
-_decode_created: Final = msgspec.json.Decoder(tuple[str, str]).decode
+_decode_session: Final = msgspec.json.Decoder(Session).decode
 
 
 class _Mark(msgspec.Struct, frozen=True):
@@ -65,20 +64,6 @@ class _Mark(msgspec.Struct, frozen=True):
     journal: str
     stored: int
     end: int
-
-
-class _Story(msgspec.Struct):
-    """What the journal tells of a session: what it had stored (`base`, a seq), and what becomes of the rest."""
-
-    base: int
-    born: bool
-    key: str | None
-    floor: int = 0
-    removed: set[int] = msgspec.field(default_factory=set)
-
-    def gone(self, seq: int) -> bool:
-        """Whether a message that was not stored is removed later on."""
-        return seq <= self.floor or seq in self.removed
 
 
 class LateReplay:
@@ -105,7 +90,7 @@ class LateReplay:
         self._budget = budget
         self._scheduler = scheduler
         self._flush = flush
-        self._stories: dict[str, _Story] = {}
+        self._stories: dict[str, Story] = {}
         self._orphans = 0
 
     async def run(self, *, ours: bool) -> None:
@@ -190,18 +175,8 @@ class LateReplay:
         """Take a change into the story of its session."""
         story = self._stories.get(change.incarnation)
         if story is None:
-            first = _decode_message(change.messages[0]).seq if change.messages else change.next_seq
-            outcome = change.outcome
-            story = self._stories[change.incarnation] = _Story(
-                base=first - 1,
-                born=change.birth is not None,
-                key=None if change.birth is None or outcome is None else outcome.key,
-            )
-        story.removed.update(change.removed)
-        if change.floor is not None:
-            story.floor = max(story.floor, change.floor)
-        if change.deleted:
-            story.floor = change.next_seq - 1
+            story = self._stories[change.incarnation] = Story.begun_by(change)
+        story.add(change)
 
     async def _finish(self, end: int) -> None:
         """When all is stored, the journal's row says so, and stands where the database does if the journal is ours."""
@@ -250,12 +225,12 @@ class LateReplay:
 
     async def _bring(self, change: Change) -> None:
         """One change, against what there is now."""
-        story = self._stories[change.incarnation]
+        story, late = self._stories[change.incarnation], Late(self._journal_id, change.sequence)
         if change.outcome is not None and await self._outcome(change.outcome.scope, change.outcome.key):
             return
         current = await self._door.locate(change.session_id)
         if change.birth is not None and current is None:
-            await self._write(change.session_id, lambda _: self._reborn(change, story))
+            await self._write(change.session_id, lambda _: reborn(change, story, self._log.next, late))
             return
         if current is None or current.incarnation != change.incarnation:
             current = await self._joined(change, story)
@@ -265,20 +240,26 @@ class LateReplay:
             if change.outcome is not None and await self._outcome(current.incarnation, change.outcome.key):
                 return
         found = await self._found(change, story, current)
-        await self._write(current.session_id, lambda resident: self._rebuilt(change, story, found, resident))
+
+        def build(resident: Resident | None) -> Change | None:
+            if resident is None:
+                raise StorageUnavailable(f"the session {change.session_id!r} is gone while nobody may write")
+            return rebuilt(change, story, found, resident, self._log.next, late)
+
+        await self._write(current.session_id, build)
 
     async def _outcome(self, scope: str, key: str) -> OutcomeRow | None:
         async with self._door.view(None) as snapshot:
             return await snapshot.outcome(scope, key)
 
-    async def _joined(self, change: Change, story: _Story) -> Resident | None:
+    async def _joined(self, change: Change, story: Story) -> Resident | None:
         """The session that has taken the place of one which only this journal knew; None: there is none."""
         if not story.born or change.deleted:
             return None
         session_id = change.session_id
         outcome = None if story.key is None else await self._outcome(CREATION_SCOPE, story.key)
         if outcome is not None:
-            session_id, _ = _decode_created(outcome.outcome)
+            session_id = _decode_session(outcome.outcome).session_id
         return await self._door.locate(session_id)
 
     async def _write(self, session_id: str, build: Callable[[Resident | None], Change | None]) -> None:
@@ -302,23 +283,9 @@ class LateReplay:
         late = Late(self._journal_id, change.sequence, reason)
         self._settle(replace(change, sequence=self._log.next, previous=0, late=late))
 
-    def _reborn(self, change: Change, story: _Story) -> Change:
-        """A session that nobody knows: as it was, without what is removed later on."""
-        messages = tuple(raw for raw in change.messages if not story.gone(_decode_message(raw).seq))
-        sequence = self._log.next
-        outcome = change.outcome
-        return replace(
-            change,
-            sequence=sequence,
-            messages=messages,
-            message_count=len(messages),
-            outcome=None if outcome is None else replace(outcome, sequence=sequence),
-            late=Late(self._journal_id, change.sequence),
-        )
-
-    async def _found(self, change: Change, story: _Story, current: Resident) -> _Found:
+    async def _found(self, change: Change, story: Story, current: Resident) -> Found:
         """What of a change still has its place, as far as the database must be asked."""
-        found = _Found()
+        found = Found()
         place = current.session_id, current.incarnation
         if current.incarnation == change.incarnation:
             for seq in change.removed:
@@ -349,149 +316,3 @@ class LateReplay:
             if page.next is None:
                 return count
             after = page.next
-
-    def _rebuilt(self, change: Change, story: _Story, found: _Found, current: Resident | None) -> Change | None:
-        """The change as it is on top of what there is now; None: nothing is left of it."""
-        if current is None:
-            raise StorageUnavailable(f"the session {change.session_id!r} is gone while nobody may write")
-        if change.deleted and self._saw_all(change, current):
-            return self._on(current, change, deleted=True)
-        messages, next_seq = self._placed(change, story, current)
-        count = current.message_count if found.floor is None else found.left
-        parts: dict[str, Any] = {
-            "messages": tuple(messages.values()),
-            "next_seq": next_seq,
-            "message_count": count + len(messages) - len(found.removed),
-            "removed": tuple(found.removed),
-            "documents": tuple(found.documents),
-            "discarded": tuple(found.discarded),
-        }
-        if found.floor is not None and found.floor > current.floor:
-            parts["floor"] = found.floor
-        if (details := _details(change, current)) is not None:
-            parts["details"] = details
-        parts |= _context(change, current)
-        if change.outcome is not None:
-            parts["outcome"] = self._answer(change, change.outcome, current, messages)
-        if next_seq == current.next_seq and not any(value for name, value in parts.items() if name in _EFFECTS):
-            return None
-        return self._on(current, change, **parts)
-
-    def _on(self, current: Resident, change: Change, **parts: Any) -> Change:
-        fields: dict[str, Any] = {"message_count": current.message_count, "next_seq": current.next_seq}
-        return Change(
-            sequence=self._log.next,
-            previous=current.sequence,
-            session_id=current.session_id,
-            incarnation=current.incarnation,
-            last_activity=max(current.last_activity, change.last_activity),
-            late=Late(self._journal_id, change.sequence),
-            **(fields | parts),
-        )
-
-    @staticmethod
-    def _saw_all(change: Change, current: Resident) -> bool:
-        """Whether nobody has changed the session since, as far as its messages and its times tell."""
-        return (current.incarnation, current.next_seq) == (
-            change.incarnation,
-            change.next_seq,
-        ) and current.last_activity <= change.last_activity
-
-    def _placed(self, change: Change, story: _Story, current: Resident) -> tuple[dict[int, Raw], int]:
-        """The messages by the seq that they had, each with the one that it gets; and the session's next one.
-
-        Those that are removed later on take theirs with them, so that what follows is late if they would have been.
-        """
-        if not change.messages:
-            return {}, current.next_seq
-        had = {_decode_message(raw).seq: raw for raw in change.messages}
-        joins = change.birth is not None
-        if min(had) == current.next_seq and not joins:
-            return {seq: raw for seq, raw in had.items() if not story.gone(seq)}, change.next_seq
-        placed: dict[int, Raw] = {}
-        next_seq = current.next_seq
-        for seq, raw in had.items():
-            message = _decode_message(raw)
-            leads = joins and seq == 1 and message.role in {"system", "developer"}  # it has one of its own
-            if leads:
-                continue
-            if not story.gone(seq):
-                placed[seq] = _marked(message, next_seq)
-            next_seq += 1
-        return placed, next_seq
-
-    def _answer(self, change: Change, outcome: OutcomeRow, current: Resident, messages: dict[int, Raw]) -> OutcomeRow:
-        """What a repetition of the call is told from now on."""
-        text = outcome.outcome
-        if change.birth is not None and outcome.scope == CREATION_SCOPE:
-            text = msgspec.json.encode((current.session_id, current.incarnation)).decode()
-        elif messages and text.startswith("["):
-            given = msgspec.json.decode(text, type=list[Raw])
-            told = [messages.get(_decode_message(raw).seq, raw) for raw in given]
-            text = msgspec.json.encode(told).decode()
-        scope = outcome.scope if outcome.scope == CREATION_SCOPE else current.incarnation
-        return replace(outcome, scope=scope, outcome=text, sequence=self._log.next)
-
-
-class _Found(msgspec.Struct):
-    """What of a change has its place: stored messages, documents, a floor and the number of messages above it."""
-
-    removed: list[int] = []
-    floor: int | None = None
-    left: int = 0
-    documents: list[DocumentRow] = []
-    discarded: list[tuple[str, str]] = []
-
-
-_EFFECTS: Final = frozenset(
-    {"messages", "removed", "documents", "discarded", "floor", "details", "context", "switches", "outcome"}
-)
-
-
-def _marked(message: EncodedMessage, seq: int) -> Raw:
-    """The message under another seq, marked as late with the one that it had."""
-    metadata: dict[str, Raw] = {}
-    if bytes(message.metadata) not in (b"", b"null"):
-        metadata = msgspec.json.decode(message.metadata, type=dict[str, Raw])
-    metadata[LATE] = Raw(msgspec.json.encode({"seq": message.seq}))
-    return Raw(msgspec.json.encode(replace(message, seq=seq, metadata=Raw(msgspec.json.encode(metadata)))))
-
-
-def _details(change: Change, current: Resident) -> Details | None:
-    """The details of a change; where the session was changed later than that, only what it has none of."""
-    details = change.details
-    if details is None:
-        return None
-    there = current.details()
-    if change.birth is not None or current.last_activity > change.last_activity:
-        details = Details(
-            there.title if there.title is not None else details.title,
-            there.description if there.description is not None else details.description,
-            there.metadata if there.metadata != "{}" else details.metadata,
-        )
-    return None if details == there else details
-
-
-def _context(change: Change, current: Resident) -> dict[str, Any]:
-    """The context, unless a newer one is there: a switch of agents or other metadata, whichever the call brought."""
-    row, there = change.context, current.context
-    if row is None or change.birth is not None or there.updated_at > row.updated_at:
-        return {}
-    if not change.switches:
-        return {"context": replace(there, metadata=row.metadata, updated_at=row.updated_at)}
-    if there.current_agent == row.current_agent:
-        return {}
-    switch = replace(
-        change.switches[-1],
-        incarnation=current.incarnation,
-        number=there.switch_count + 1,
-        from_agent=there.current_agent,
-    )
-    moved = replace(
-        there,
-        current_agent=switch.to_agent,
-        switch_count=switch.number,
-        last_switch_at=switch.switched_at,
-        updated_at=row.updated_at,
-    )
-    return {"context": moved, "switches": (switch,)}

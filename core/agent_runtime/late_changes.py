@@ -1,0 +1,203 @@
+"""What a late change is on top of what there is now: pure functions. The rules stand at the head of `late`."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Raw
+from msgspec.structs import replace
+
+from .changes import Change, Details, EncodedMessage, Late
+from .door import CREATION_SCOPE
+from .records import LATE
+from .residents import Resident
+from .rows import DocumentRow, OutcomeRow
+
+__all__ = ["Found", "Story", "reborn", "rebuilt"]
+
+_decode_message: Final = msgspec.json.Decoder(EncodedMessage).decode
+_EFFECTS: Final = frozenset(
+    {"messages", "removed", "documents", "discarded", "floor", "details", "context", "switches", "outcome", "deleted"}
+)
+
+
+class Story(msgspec.Struct):
+    """What a journal tells of a session from where it was overtaken on: what had been stored, what becomes of the rest.
+
+    `base` is the highest seq that was stored, `key` the idempotency key of the call that created the session, if that
+    was `born` there.
+    """
+
+    base: int
+    born: bool
+    key: str | None
+    floor: int = 0
+    removed: set[int] = msgspec.field(default_factory=set)
+
+    @classmethod
+    def begun_by(cls, change: Change) -> Story:
+        """The story that begins with a change; which is still to be added."""
+        first = _decode_message(change.messages[0]).seq if change.messages else change.next_seq
+        key = None if change.birth is None or change.outcome is None else change.outcome.key
+        return cls(base=first - 1, born=change.birth is not None, key=key)
+
+    def add(self, change: Change) -> None:
+        """The next change of the session."""
+        self.removed.update(change.removed)
+        if change.floor is not None:
+            self.floor = max(self.floor, change.floor)
+        if change.deleted:
+            self.floor = change.next_seq - 1
+
+    def gone(self, seq: int) -> bool:
+        """Whether a message that was not stored is removed later on."""
+        return seq <= self.floor or seq in self.removed
+
+
+class Found(msgspec.Struct):
+    """What of a change has its place: stored messages, documents, a floor and the number of messages above it."""
+
+    removed: list[int] = []
+    floor: int | None = None
+    left: int = 0
+    documents: list[DocumentRow] = []
+    discarded: list[tuple[str, str]] = []
+
+
+def reborn(change: Change, story: Story, sequence: int, late: Late) -> Change:
+    """A session that nobody knows: as it was, without what is removed later on."""
+    messages = tuple(raw for raw in change.messages if not story.gone(_decode_message(raw).seq))
+    outcome = None if change.outcome is None else replace(change.outcome, sequence=sequence)
+    return replace(
+        change, sequence=sequence, messages=messages, message_count=len(messages), outcome=outcome, late=late
+    )
+
+
+def rebuilt(change: Change, story: Story, found: Found, current: Resident, sequence: int, late: Late) -> Change | None:
+    """The change as it is on top of what there is now; None: nothing is left of it."""
+    messages, next_seq = _placed(change, story, current)
+    count = current.message_count if found.floor is None else found.left
+    parts: dict[str, Any] = {"message_count": count + len(messages) - len(found.removed), "next_seq": next_seq}
+    if change.deleted and _saw_all(change, current):
+        parts = {"message_count": current.message_count, "next_seq": next_seq, "deleted": True}
+    else:
+        parts |= {
+            "messages": tuple(messages.values()),
+            "removed": tuple(found.removed),
+            "documents": tuple(found.documents),
+            "discarded": tuple(found.discarded),
+            "details": _details(change, current),
+            **_context(change, current),
+        }
+        if found.floor is not None and found.floor > current.floor:
+            parts["floor"] = found.floor
+    if change.outcome is not None:
+        parts["outcome"] = _answer(change, change.outcome, current, messages, sequence)
+    if next_seq == current.next_seq and not any(parts[name] for name in parts.keys() & _EFFECTS):
+        return None
+    return Change(
+        sequence=sequence,
+        previous=current.sequence,
+        session_id=current.session_id,
+        incarnation=current.incarnation,
+        last_activity=max(current.last_activity, change.last_activity),
+        late=late,
+        **parts,
+    )
+
+
+def _saw_all(change: Change, current: Resident) -> bool:
+    """Whether nobody has changed the session since, as far as its messages and its times tell."""
+    return (current.incarnation, current.next_seq) == (
+        change.incarnation,
+        change.next_seq,
+    ) and current.last_activity <= change.last_activity
+
+
+def _placed(change: Change, story: Story, current: Resident) -> tuple[dict[int, Raw], int]:
+    """The messages by the seq that they had, each with the one that it gets; and the session's next one.
+
+    Those that are removed later on take theirs with them, so that what follows is late if they would have been.
+    """
+    if not change.messages:
+        return {}, current.next_seq
+    had = {_decode_message(raw).seq: raw for raw in change.messages}
+    joins = change.birth is not None
+    if min(had) == current.next_seq and not joins:
+        return {seq: raw for seq, raw in had.items() if not story.gone(seq)}, change.next_seq
+    placed: dict[int, Raw] = {}
+    next_seq = current.next_seq
+    for seq, raw in had.items():
+        message = _decode_message(raw)
+        leads = joins and seq == 1 and message.role in {"system", "developer"}  # it has one of its own
+        if leads:
+            continue
+        if not story.gone(seq):
+            placed[seq] = _marked(message, next_seq)
+        next_seq += 1
+    return placed, next_seq
+
+
+def _answer(
+    change: Change, outcome: OutcomeRow, current: Resident, messages: dict[int, Raw], sequence: int
+) -> OutcomeRow:
+    """What a repetition of the call is told from now on."""
+    text = outcome.outcome
+    if change.birth is not None and outcome.scope == CREATION_SCOPE:
+        text = msgspec.json.encode(current.record()).decode()
+    elif messages and text.startswith("["):
+        given = msgspec.json.decode(text, type=list[Raw])
+        told = [messages.get(_decode_message(raw).seq, raw) for raw in given]
+        text = msgspec.json.encode(told).decode()
+    scope = outcome.scope if outcome.scope == CREATION_SCOPE else current.incarnation
+    return replace(outcome, scope=scope, outcome=text, sequence=sequence)
+
+
+def _marked(message: EncodedMessage, seq: int) -> Raw:
+    """The message under another seq, marked as late with the one that it had."""
+    metadata: dict[str, Raw] = {}
+    if bytes(message.metadata) not in (b"", b"null"):
+        metadata = msgspec.json.decode(message.metadata, type=dict[str, Raw])
+    metadata[LATE] = Raw(msgspec.json.encode({"seq": message.seq}))
+    return Raw(msgspec.json.encode(replace(message, seq=seq, metadata=Raw(msgspec.json.encode(metadata)))))
+
+
+def _details(change: Change, current: Resident) -> Details | None:
+    """The details of a change; where the session was changed later than that, only what it has none of."""
+    details = change.details
+    if details is None:
+        return None
+    there = current.details()
+    if change.birth is not None or current.last_activity > change.last_activity:
+        details = Details(
+            there.title if there.title is not None else details.title,
+            there.description if there.description is not None else details.description,
+            there.metadata if there.metadata != "{}" else details.metadata,
+        )
+    return None if details == there else details
+
+
+def _context(change: Change, current: Resident) -> dict[str, Any]:
+    """The context, unless a newer one is there: a switch of agents or other metadata, whichever the call brought."""
+    row, there = change.context, current.context
+    if row is None or change.birth is not None or there.updated_at > row.updated_at:
+        return {}
+    if not change.switches:
+        return {"context": replace(there, metadata=row.metadata, updated_at=row.updated_at)}
+    if there.current_agent == row.current_agent:
+        return {}
+    switch = replace(
+        change.switches[-1],
+        incarnation=current.incarnation,
+        number=there.switch_count + 1,
+        from_agent=there.current_agent,
+    )
+    moved = replace(
+        there,
+        current_agent=switch.to_agent,
+        switch_count=switch.number,
+        last_switch_at=switch.switched_at,
+        updated_at=row.updated_at,
+    )
+    return {"context": moved, "switches": (switch,)}
