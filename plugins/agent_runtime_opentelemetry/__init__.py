@@ -3,15 +3,16 @@
 Where a span goes is not decided here: to the tracer provider that the process has set up, or to the one that `Tracing`
 was given. A span has no content: nothing of messages, documents or metadata, and no path but the route.
 
-Without the extra there is a plugin all the same, which does nothing: one distribution has one set of entry points.
+The entry point gives `Tracing` to runtimes that are opened once there is a provider. Until then, and without the extra,
+it gives a plugin that does nothing, so that an append pays nothing for spans that nobody wants.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from agent_runtime import hookimpl
 from agent_runtime.changes import Batch, Receipt
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
     from .spans import Spans
 
-__all__ = ["Tracing", "plugin"]
+__all__ = ["Tracing"]
 
 
 class Tracing:
-    """The plugin. `provider` takes the spans; None: the one that the process has set up, whenever it does."""
+    """The plugin. `provider` takes the spans; None: the one that the process has set up."""
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
         self._provider = provider
@@ -63,7 +64,7 @@ class Tracing:
 
 
 class _Idle:
-    """The plugin where the extra is not installed: an append does not pay for a hook that has nothing to do."""
+    """The plugin where nobody wants spans."""
 
     @hookimpl(optionalhook=True)
     def agent_runtime_http_middleware(self) -> Sequence[Middleware]:
@@ -71,4 +72,9 @@ class _Idle:
         return []
 
 
-plugin: Final = Tracing() if find_spec("opentelemetry") else _Idle()
+def __getattr__(name: str) -> object:
+    if name != "plugin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    trace = sys.modules.get("opentelemetry.trace")  # who has set up a provider has imported it
+    wanted = trace is not None and not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+    return Tracing() if wanted else _Idle()
