@@ -49,16 +49,16 @@ class Links(HTMLParser):
 @pytest.mark.parametrize("root", ["", "/agents"])
 async def test_all_that_the_page_refers_to_is_served_here(root: str) -> None:
     inner = create_app("memory:")
-    app = App(Starlette(routes=[Mount("/agents", inner)]), root=root) if root else App(inner)
+    app = App(Starlette(routes=[Mount("/agents", inner)])) if root else App(inner)
     async with lifespan(inner):
-        page = await app("GET", "/docs")
+        page = await app("GET", f"{root}/docs")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         links = Links(page.body.decode())
         assert links.inline == []
         assert len(links.found) == 4
         for link in links.found:
             assert not urlsplit(link).netloc
-            part = await app("GET", urljoin("/docs", link))
+            part = await app("GET", urljoin(f"{root}/docs", link))
             assert part.status == 200
             assert part.headers["content-type"].startswith(TYPES.get(Path(link).suffix, "application/json"))
 

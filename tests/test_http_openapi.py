@@ -40,6 +40,22 @@ def test_it_is_a_valid_document() -> None:
     assert list(OpenAPIV31SpecValidator(described()).iter_errors()) == []
 
 
+def test_its_schemas_are_as_generators_need_them() -> None:
+    """Every array says of what, every enum of which type; both may be left out, and then clients lack them."""
+
+    def check(schema: Any) -> None:
+        if isinstance(schema, list):
+            for each in schema:
+                check(each)
+        elif isinstance(schema, dict):
+            assert schema.get("type") != "array" or "items" in schema
+            assert not isinstance(schema.get("enum"), list) or "type" in schema
+            for each in schema.values():
+                check(each)
+
+    check(described()["components"]["schemas"])
+
+
 @pytest.mark.anyio
 async def test_every_route_and_method_is_in_it_and_the_other_way_round() -> None:
     async with opened() as app:
