@@ -16,9 +16,12 @@ from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
+import anyio
 import pytest
 
 from agent_runtime.cli import main
+from agent_runtime.storage import StorageConfig
+from agent_runtime_sqlite.storage import open_storage
 from places import in_file
 
 COMMAND = (sys.executable, "-m", "agent_runtime.cli")
@@ -76,6 +79,15 @@ class Shell:
         assert len(errors) == 1
         assert errors[0].startswith("agent-runtime: ")
         return errors[0].removeprefix("agent-runtime: ")
+
+    def make_tables(self, name: str) -> None:
+        """A database that no runtime ever had open."""
+
+        async def make() -> None:
+            async with open_storage(StorageConfig(url=f"sqlite:///{self.directory / name}")):
+                """Opening makes them."""
+
+        anyio.run(make)
 
     def file(self, name: str, *lines: dict[str, Any]) -> str:
         """A file of JSON Lines; its name."""

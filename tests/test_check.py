@@ -90,7 +90,8 @@ def test_a_terminal_sees_findings_beside_a_bar(shell: Shell, left: Left) -> None
 
 
 def test_a_database_that_nobody_has_opened_is_not_all_right(shell: Shell) -> None:
-    told = shell.fails("check", "--storage", "sqlite:///typo.db")
+    shell.make_tables("new.db")
+    told = shell.fails("check", "--storage", "sqlite:///new.db")
     assert told == "the database is new: no runtime ever had it open; is storage.url right?"
 
 

@@ -264,8 +264,8 @@ def broken_database(shell: Shell, kind: str) -> str:
                 connection.commit()
         case "directory":
             return f"sqlite:///{shell.directory}"
-        case "not to be written":
-            return "sqlite:////proc/sessions.db"
+        case "missing":
+            path.unlink()
     return f"sqlite:///{path}"
 
 
@@ -276,7 +276,7 @@ def broken_database(shell: Shell, kind: str) -> str:
         ("cut off", "is damaged"),
         ("newer", "newer than schema"),
         ("directory", "is a directory"),
-        ("not to be written", "can't be made"),
+        ("missing", "there is no database"),
     ],
 )
 def test_a_database_that_can_not_be_opened_is_one_line(shell: Shell, kind: str, words: str) -> None:
@@ -284,6 +284,37 @@ def test_a_database_that_can_not_be_opened_is_one_line(shell: Shell, kind: str, 
     told = shell.fails("sessions", "list", "--storage", url)
     assert words in told
     assert url.removeprefix("sqlite:///").removesuffix("/sessions.db") in told
+
+
+LOOKS = [
+    ["check"],
+    ["export", "-"],
+    ["journal", "inspect"],
+    ["quarantine", "list"],
+    ["quarantine", "show", "s1"],
+    ["quarantine", "replay", "s1"],
+    ["sessions", "list"],
+    ["sessions", "show", "s1"],
+    ["sessions", "delete", "s1", "--yes"],
+    ["sessions", "purge", "s1", "--yes"],
+]
+
+
+@pytest.mark.parametrize("arguments", LOOKS, ids=" ".join)
+def test_who_only_looks_makes_nothing(shell: Shell, arguments: list[str]) -> None:
+    """Neither a file nor tables: a mistyped URL is found out."""
+    shell.database.unlink()
+    assert shell.fails(*arguments) == (
+        f"there is no database {shell.database}: is storage.url right? agent-runtime serve makes a new one"
+    )
+    assert list(shell.directory.iterdir()) == []
+    with closing(sqlite3.connect(shell.database)) as connection:
+        connection.execute("CREATE TABLE somebodys (id INTEGER)")
+        connection.commit()
+    before = shell.database.read_bytes()
+    told = shell.fails(*arguments)
+    assert told.startswith(f"the database {shell.database} has no tables of agent-runtime, or not those of schema ")
+    assert (shell.database.read_bytes(), list(shell.directory.iterdir())) == (before, [shell.database])
 
 
 def test_a_locked_database_is_one_line(shell: Shell) -> None:

@@ -572,8 +572,11 @@ def test_either_is_held(shell: Shell, tmp_path: Path) -> None:
 
 
 def test_a_new_source_is_a_mistake(shell: Shell) -> None:
-    told = shell.fails("copy", "--from", "sqlite:///typo.db", "--to", "sqlite:///new.db")
+    shell.make_tables("unused.db")
+    told = shell.fails("copy", "--from", "sqlite:///unused.db", "--to", "sqlite:///new.db")
     assert told == "--from: is new: no runtime ever had it open; is its URL right?"
+    told = shell.fails("copy", "--from", "sqlite:///typo.db", "--to", "sqlite:///new.db")
+    assert told.startswith(f"there is no database {shell.directory / 'typo.db'}: ")
     assert not (shell.directory / "new.db").exists()
     told = shell.fails("copy", "--from", f"sqlite:///{shell.database}", "--to", "sqlit:///new.db")
     assert told.startswith("--to: no plugin stores under 'sqlit'")

@@ -23,6 +23,7 @@ from agent_runtime.storage import (
     Survival,
 )
 from agent_runtime_sql.apply import apply_batch, purge
+from agent_runtime_sql.schema import not_current
 
 from .database import Database
 from .lease import PostgresqlLeases
@@ -82,6 +83,8 @@ async def open_storage(config: StorageConfig) -> AsyncIterator[PostgresqlStorage
         try:
             writer = Writer(database)
             survives, current = await writer.run(_look, database)
+            if config.existing and not current:
+                raise not_current(database.name)
             if not current:
                 await database.run(migrate_alone, settings, database.begin_writing())
             yield PostgresqlStorage(database, writer, survives)

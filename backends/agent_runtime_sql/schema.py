@@ -15,7 +15,7 @@ from agent_runtime.errors import StorageFatal
 
 from .tables import metadata
 
-__all__ = ["HEAD", "VERSION_TABLE", "is_current", "migrate"]
+__all__ = ["HEAD", "VERSION_TABLE", "is_current", "migrate", "not_current"]
 
 HEAD: Final = "0001"
 """The newest revision in migrations/versions."""
@@ -46,6 +46,15 @@ def is_current(connection: Connection, name: str) -> bool:
                 "give agent-runtime a database of its own"
             )
     return stored == HEAD
+
+
+def not_current(name: str) -> StorageFatal:
+    """The error for a database whose tables are missing or others, where nothing may be made or migrated."""
+    return StorageFatal(
+        f"{name} has no tables of agent-runtime, or not those of schema {HEAD}, and this command makes none: is "
+        f"storage.url right? agent-runtime serve makes and migrates them; if they are newer than schema {HEAD}, "
+        "upgrade agent-runtime"
+    )
 
 
 def migrate(connection: Connection, name: str) -> None:

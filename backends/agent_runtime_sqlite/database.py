@@ -57,18 +57,18 @@ class Database:
         return await self._readers.connect()
 
     async def is_current(self) -> bool:
-        """Whether the tables are those of this code. Then connects in both ways, and so checks both.
-
-        In this order: the first connection that writes changes the file for good, to a write-ahead log.
-        """
+        """Whether the tables are those of this code. To be asked before `connect`."""
         plain = plain_engine(self._settings)
         try:
             async with connected(plain) as connection:
-                current = await connection.run_sync(is_current, self.name)
+                return await connection.run_sync(is_current, self.name)
         finally:
             await plain.dispose()
+
+    async def connect(self) -> None:
+        """Connect in both ways, and so check both. This changes a new file for good, to a write-ahead log."""
         async with connected(self._writer), connected(self._readers):
-            return current
+            """That they could be opened is all."""
 
     def figures(self) -> PoolFigures:
         """Both pools together."""

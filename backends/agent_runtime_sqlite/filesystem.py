@@ -11,7 +11,7 @@ from typing import Final
 from agent_runtime.errors import StorageFatal, StorageUnavailable
 from agent_runtime.filesystems import MOUNTS, network_filesystem
 
-__all__ = ["prepare_file"]
+__all__ = ["find_file", "prepare_file"]
 
 _MAY_PASS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM})
 
@@ -22,15 +22,9 @@ def prepare_file(path: Path, mounts: Path = MOUNTS) -> None:
     A new file is for its owner only (mode 0600), as it will hold conversations; SQLite gives its companions (-wal,
     -shm) the same mode. Raises StorageFatal, or StorageUnavailable when waiting may help.
     """
-    if filesystem := network_filesystem(path, mounts):
-        raise StorageFatal(
-            f"the database {path} would lie on a network filesystem ({filesystem}), where SQLite's locks don't hold: "
-            "choose a path on a local disk"
-        )
+    _check_place(path, mounts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise StorageFatal(f"the database {path} is a directory: name a file, as in {path / 'agent_runtime.db'}")
         # Never open and close a file that is there: closing any descriptor of a file drops the locks that this
         # process's SQLite connections hold on it (fcntl(2)).
         with contextlib.suppress(FileExistsError):
@@ -40,6 +34,28 @@ def prepare_file(path: Path, mounts: Path = MOUNTS) -> None:
         if exc.errno in _MAY_PASS:
             raise StorageUnavailable(problem) from exc
         raise StorageFatal(f"{problem}: choose a path that this user may write to") from exc
+    _check_rights(path)
+
+
+def find_file(path: Path, mounts: Path = MOUNTS) -> None:
+    """As `prepare_file`, but nothing is made: StorageFatal, if there is no file."""
+    _check_place(path, mounts)
+    if not path.exists():
+        raise StorageFatal(f"there is no database {path}: is storage.url right? agent-runtime serve makes a new one")
+    _check_rights(path)
+
+
+def _check_place(path: Path, mounts: Path) -> None:
+    if filesystem := network_filesystem(path, mounts):
+        raise StorageFatal(
+            f"the database {path} would lie on a network filesystem ({filesystem}), where SQLite's locks don't hold: "
+            "choose a path on a local disk"
+        )
+    if path.is_dir():
+        raise StorageFatal(f"the database {path} is a directory: name a file, as in {path / 'agent_runtime.db'}")
+
+
+def _check_rights(path: Path) -> None:
     for place in (path, path.parent):
         if not os.access(place, os.W_OK):
             raise StorageFatal(f"the database {path} can't be written: this user may not write to {place}")

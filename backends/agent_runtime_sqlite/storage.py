@@ -14,10 +14,10 @@ from agent_runtime.changes import Batch, Receipt
 from agent_runtime.filesystems import MOUNTS
 from agent_runtime.storage import Abilities, Fence, LeaseDesk, PoolFigures, Snapshot, StorageConfig
 from agent_runtime_sql.apply import apply_batch, purge
-from agent_runtime_sql.schema import migrate
+from agent_runtime_sql.schema import migrate, not_current
 
 from .database import Database
-from .filesystem import prepare_file
+from .filesystem import find_file, prepare_file
 from .lease import Clock, SqliteLeases, boot_clock
 from .settings import parse_settings
 from .snapshot import Readers
@@ -74,12 +74,16 @@ async def open_storage(
     locked.
     """
     settings = parse_settings(config)
-    await anyio.to_thread.run_sync(prepare_file, settings.path, mounts)
+    await anyio.to_thread.run_sync(find_file if config.existing else prepare_file, settings.path, mounts)
     async with AsyncioBridge.open(name="agent-runtime-sqlite") as bridge:
         database = Database(bridge, settings)
         try:
             writer = Writer(database)
-            if not await database.run(database.is_current):
+            current = await database.run(database.is_current)
+            if config.existing and not current:
+                raise not_current(database.name)
+            await database.run(database.connect)
+            if not current:
                 await writer.run(_migrate, database.name)
             yield SqliteStorage(settings.path, database, writer, clock)
         finally:

@@ -58,10 +58,15 @@ Survival: TypeAlias = Literal["nothing", "power", "machine"]
 
 
 class StorageConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a factory is given: the URL as configured and the `storage.options` of the configuration."""
+    """What a factory is given: the URL as configured and the `storage.options` of the configuration.
+
+    `existing`: the database is to be looked at as it is. One that is missing is refused, not made, and one of another
+    schema refused, not migrated: both are a StorageFatal.
+    """
 
     url: str
     options: dict[str, Any] = {}
+    existing: bool = False
 
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,8 @@ from ..plugins import PluginManager
 from ..storage import Storage, StorageConfig
 from .exits import SIGNALLED, Failure
 from .options import AsJson, ConfigFile, load
-from .reading import opened, undisturbed
+from .reading import undisturbed
+from .running import opened
 from .terminal import progress
 from .text import json_line
 

@@ -232,7 +232,7 @@ def _settle(config: Config, session_id: str, what: Literal["replay", "drop"]) ->
 
     try:
         with undisturbed("agent_runtime"):  # it warns of changes in quarantine
-            return run(config, settle)
+            return run(config, settle, existing=True)
     except SessionNotFound as error:
         raise _not_there(session_id) from error
     except LeaseHeld as error:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import anyio
 
 from ..config import Config
-from ..errors import AgentRuntimeError, JournalError
+from ..errors import JournalError
 from ..journal.still import StillFiles
-from ..plugins import PluginManager
-from ..storage import Storage, StorageConfig
-from .running import with_place
+from ..storage import Storage
+from .running import opened
 
-__all__ = ["opened", "read", "still", "undisturbed"]
+__all__ = ["read", "still", "undisturbed"]
 
 T = TypeVar("T")
 
@@ -30,19 +29,6 @@ def read(config: Config, work: Callable[[Storage], Awaitable[T]]) -> T:
             return await work(storage)
 
     return anyio.run(done)
-
-
-@asynccontextmanager
-async def opened(config: Config) -> AsyncIterator[Storage]:
-    """The database of the configuration. Its errors name the key that is to be mended, and where that is set."""
-    try:
-        plugins = PluginManager(disabled=config.plugins.disabled)
-        plugins.load()
-        factory = plugins.storage_for(config.storage.url)
-        async with factory(StorageConfig(url=config.storage.url, options=dict(config.storage.options))) as storage:
-            yield storage
-    except AgentRuntimeError as error:
-        raise with_place(error, config) from error
 
 
 def still(place: Path) -> StillFiles | None:

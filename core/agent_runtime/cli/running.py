@@ -7,7 +7,8 @@ once.
 from __future__ import annotations
 
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 import anyio
@@ -18,30 +19,49 @@ from ..config import Config, known_keys
 from ..errors import AgentRuntimeError, ConfigError, InvalidInput, LeaseHeld, StorageUnavailable
 from ..plugins import PluginManager
 from ..runtime import Runtime, open_runtime
+from ..storage import Storage, StorageConfig
 from .exits import HELD, LEFT, SIGNALLED, Failure, failure_of
 
-__all__ = ["run", "run_anywhere", "with_place"]
+__all__ = ["opened", "run", "run_anywhere", "with_place"]
 
 T = TypeVar("T")
 
 
-def run(config: Config, work: Callable[[Runtime], Awaitable[T]]) -> T:
-    """Open the sessions, do the work, store everything, close.
+def run(config: Config, work: Callable[[Runtime], Awaitable[T]], *, existing: bool = False) -> T:
+    """Open the sessions, do the work, store everything, close. `existing`: a database that is missing is not made.
 
     Raises:
         Failure: it was interrupted, or changes are left that could not be stored.
         Exception: what opening, the work, or closing raised.
     """
-    return _Run(config, work).run()
+    return _Run(config, work, existing=existing).run()
 
 
 def run_anywhere(config: Config, server: str | None, work: Callable[[SessionsClient], Awaitable[T]]) -> T:
-    """Do the work where the sessions are: with this server; without one as `run`, or if a server has them, with that.
+    """Do the work where the sessions are: with this server; without one as `run` with `existing`, or if a server has
+    them, with that.
 
     Raises:
         Failure, Exception: as `run`.
     """
-    return _Run(config, work, lambda url: _at_server(config, url, work), server).run()
+    return _Run(config, work, lambda url: _at_server(config, url, work), server, existing=True).run()
+
+
+@asynccontextmanager
+async def opened(config: Config) -> AsyncIterator[Storage]:
+    """The database of the configuration, which must be there: nothing is made or migrated.
+
+    Its errors name the key that is to be mended, and where that is set.
+    """
+    try:
+        plugins = PluginManager(disabled=config.plugins.disabled)
+        plugins.load()
+        factory = plugins.storage_for(config.storage.url)
+        options = dict(config.storage.options)
+        async with factory(StorageConfig(url=config.storage.url, options=options, existing=True)) as storage:
+            yield storage
+    except AgentRuntimeError as error:
+        raise with_place(error, config) from error
 
 
 async def _at_server(config: Config, url: str, work: Callable[[SessionsClient], Awaitable[T]]) -> T:
@@ -58,11 +78,14 @@ class _Run(Generic[T]):
         work: Callable[[Runtime], Awaitable[T]],
         at_server: Callable[[str], Awaitable[T]] | None = None,
         server: str | None = None,
+        *,
+        existing: bool,
     ) -> None:
         self._config = config
         self._work = work
         self._at_server = at_server
         self._server = server
+        self._existing = existing
         self._runtime: Runtime | None = None
         self._results: list[T] = []
         self._error: Exception | None = None
@@ -113,6 +136,9 @@ class _Run(Generic[T]):
                 raise Failure(str(held), str(error), code=HELD) from error
 
     async def _opened(self) -> None:
+        if self._existing:
+            async with opened(self._config):
+                """It is there."""
         try:
             async with open_runtime(self._config) as runtime:
                 self._runtime = runtime

@@ -25,7 +25,7 @@ from ..status import Status
 from .dashboard import ASCII, UNICODE, Board, Glyphs, Row, Tone
 from .exits import HELD, Failure
 from .options import AsJson, ConfigFile, StorageUrl, load
-from .reading import opened
+from .running import opened
 from .terminal import console, output_is_terminal, write
 from .text import json_line, visible
 

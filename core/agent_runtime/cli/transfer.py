@@ -136,7 +136,11 @@ def export(
     config = load(config_file, storage)
     with ExitStack() as stack:
         target = sys.stdout.buffer if file == _STANDARD else stack.enter_context(new_file(file))
-        count = run(config, partial(_export, target=target, file=file, plain=plain, session_ids=session_ids))
+        count = run(
+            config,
+            partial(_export, target=target, file=file, plain=plain, session_ids=session_ids),
+            existing=True,
+        )
     if file != _STANDARD:
         typer.echo(f"{_name(file, '')}: {count} exported")
 

@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import cast
 
+from msgspec.structs import replace
+
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.hookspecs import hookimpl
 from agent_runtime.records import Order
@@ -157,9 +159,7 @@ class _FaultyPlugin:
     @asynccontextmanager
     async def _open(self, config: StorageConfig) -> AsyncIterator[Storage]:
         async with AsyncExitStack() as stack:
-            inner = self._inner_factory(
-                StorageConfig(url=config.url.removeprefix(f"{self._scheme}:"), options=config.options)
-            )
+            inner = self._inner_factory(replace(config, url=config.url.removeprefix(f"{self._scheme}:")))
             storage = await self._faults.call("open", lambda: stack.enter_async_context(inner))
             yield FaultyStorage(storage, self._faults)
 
