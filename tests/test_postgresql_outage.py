@@ -282,9 +282,13 @@ async def test_a_server_hangs_under_load_and_wakes(
     monkeypatch.setattr(database, "_CLIENT_MARGIN_S", 0.1)
     caplog.set_level("INFO", "agent_runtime")
     schema = new_schema()
+    url, journal = (
+        f"{own_server.url}?schema={schema}&application_name={schema}",
+        {"directory": str(tmp_path / "journal")},
+    )
     config = Config.of(
-        f"{own_server.url}?schema={schema}&application_name={schema}&connect_timeout_s=0.2&statement_timeout_s=0.3",
-        journal={"directory": str(tmp_path / "journal")},
+        f"{url}&connect_timeout_s=0.2&statement_timeout_s=0.3",
+        journal=journal,
         write_behind={"interval_s": 0.02},
         storage={"read_timeout_s": 0.4},
         lease={"duration_s": 60.0},
@@ -300,6 +304,9 @@ async def test_a_server_hangs_under_load_and_wakes(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(load.run)
             for _ in range(hangs):
+                async with anyio.create_task_group() as lists:  # so that there are idle connections too
+                    for _ in range(3):
+                        lists.start_soon(runtime.list_sessions)
                 await found(own_server, "SELECT pid FROM pg_stat_activity WHERE query = 'COMMIT' AND state = 'active'")
                 own_server.hang()
                 try:
@@ -318,9 +325,8 @@ async def test_a_server_hangs_under_load_and_wakes(
             load.stop()
         await runtime.flush()
         assert runtime.status().pool.in_use == 0
-        await check(runtime, load.said)
         mine = f"SELECT pid FROM pg_stat_activity WHERE application_name = '{schema}'"
         assert await found(own_server, mine) <= runtime.status().pool.size
     assert "reported as failed was stored after all" in caplog.text
-    async with open_runtime(config) as runtime:
+    async with open_runtime(Config.of(url, journal=journal)) as runtime:
         await check(runtime, load.said)
