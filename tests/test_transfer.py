@@ -922,7 +922,7 @@ async def test_what_is_wrong_is_told_of_the_place_in_the_source() -> None:
             entry_of("a", good, bad, places=places),
             entry_of("b", *[good] * 10, bad, places=places),
             entry_of("c", good, calls, places=places),
-            entry_of("d", bad, places=places),
+            entry_of("d", bad, places={"messages[0].ro": "no such place"}),
         )
         async with aclosing(sources) as entries:
             result = await import_sessions(runtime, entries, refused=told.append)
