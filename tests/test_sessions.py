@@ -503,6 +503,10 @@ EVERY_CALL: list[Call] = [
     lambda handle: handle.list_documents("c"),
     lambda handle: handle.delete_document("c", "k"),
     lambda handle: handle.delete_document("c", "nothing"),
+    lambda handle: handle.request_approval("c", "f", {}),
+    lambda handle: handle.approvals(),
+    lambda handle: handle.approval("nothing"),
+    lambda handle: handle.decide_approval("nothing", "approve"),
 ]
 
 

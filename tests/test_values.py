@@ -82,7 +82,7 @@ REFUSED: list[tuple[str, Call]] = [
     ("token_count", lambda _, session: session.append("user", SECRET, token_count=-1)),
     ("metadata.a", lambda _, session: session.append("user", SECRET, metadata={"a": (1, 2)})),
     ("message", lambda _, session: session.append("user", "x" * (16 * 1024 * 1024))),
-    ("idempotency_key", lambda _, session: session.append("user", SECRET, idempotency_key=f"{SECRET}/")),
+    ("idempotency_key", lambda _, session: session.append("user", SECRET, idempotency_key=f"{SECRET}\n")),
     ("content", lambda _, session: session.append_message({"role": "user", "content": f"{SECRET}\0"})),
     ("role", lambda _, session: session.append_message({"content": SECRET})),
     ("message", lambda _, session: session.append_message(SECRET)),  # type: ignore[arg-type]

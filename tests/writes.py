@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
 
-from agent_runtime import Runtime, SessionHandle
+from agent_runtime import Approval, Runtime, SessionHandle
+from agent_runtime.approvals import APPROVALS, Decision
 
 Call: TypeAlias = Callable[..., Awaitable[Any]]
 
@@ -96,10 +97,27 @@ WRITES = [
         lambda _, session, **options: session.delete_document("c", "k", **options),
         lambda _, session, **options: session.delete_document("c", "json", **options),
     ),
+    Write(
+        "request_approval",
+        lambda _, session, **options: session.request_approval("c", "f", {"a": 1}, **{"durability": None, **options}),
+        lambda _, session, **options: session.request_approval("c", "f", {"a": 2}, **{"durability": None, **options}),
+    ),
+    Write(
+        "decide_approval",
+        lambda _, session, **options: decide(session, "approve", **options),
+        lambda _, session, **options: decide(session, "reject", **options),
+    ),
     Write("clear", lambda _, session, **options: session.clear(**options), None),
     Write("delete", lambda _, session, **options: session.delete(**options), None),
 ]
 """In an order in which each changes something after those before it."""
+
+
+async def decide(session: SessionHandle, decision: Decision, **options: Any) -> Approval:
+    """Decide what `begin` asked for: the first approval, shown yet or not."""
+    first = (await session.list_documents(APPROVALS, limit=1)).items[0]
+    return await session.decide_approval(first.key, decision, **options)
+
 
 WRITE_IDS = [f"{number}-{write.method}" for number, write in enumerate(WRITES)]
 
@@ -110,6 +128,7 @@ async def begin(runtime: Runtime) -> SessionHandle:
     await session.append("user", "hi")
     await session.append("assistant", tool_calls=[{"id": "c"}])
     await session.put_document("c", "k", 1)
+    await session.request_approval("c", "f", {}, durability="buffered")
     return session
 
 
