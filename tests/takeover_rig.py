@@ -125,18 +125,22 @@ class Book:
     """What the client was promised, session by session."""
 
     def __init__(self) -> None:
-        self.standing: dict[str, set[str]] = defaultdict(set)
+        self.standing: dict[str, dict[str, Child]] = defaultdict(dict)
         self.removed: dict[str, set[str]] = defaultdict(set)
         self.document: dict[str, int] = {}
 
-    def promise(self, call: Call) -> None:
-        """The call was acknowledged."""
+    def promise(self, call: Call, by: Child) -> None:
+        """The call was acknowledged.
+
+        Who deletes a session may not know of what another runtime has in its journal: that may come in late.
+        """
         if call.what == "append":
-            self.standing[call.session].add(call.value)
+            self.standing[call.session][call.value] = by
         elif call.what == "put":
             self.document[call.session] = int(call.value)
         elif call.what == "delete":
-            self.removed[call.session] |= self.standing.pop(call.session, set())
+            before = self.standing.pop(call.session, {})
+            self.removed[call.session] |= {text for text, child in before.items() if child is by}
             self.document.pop(call.session, None)
 
     async def broken(self, runtime: Runtime) -> list[str]:
@@ -149,7 +153,7 @@ class Book:
             async for message in session.scan_messages():
                 shown[message.content] += 1
             held = sum(entry.session_id == session_id for entry in entries)
-            lost = self.standing[session_id] - shown.keys()
+            lost = self.standing[session_id].keys() - shown.keys()
             if lost:
                 broken.append(f"{session_id}: lost {sorted(lost)} ({held} in quarantine)")
             doubled = [text for text, count in shown.items() if count > 1]
@@ -279,13 +283,14 @@ class Takeovers:
             chance = self._random.random()
             what = "append" if chance < 0.7 else "put" if chance < 0.9 else "delete" if chance < 0.94 else "create"
             call = Call(f"k{number}", what, session, str(number) if what == "put" else f"text {number}")
-            while not await self._asked(self._holder, call):
+            while (by := await self._asked(self._holder, call)) is None:
                 self.figures.retried += 1
             self.figures.acknowledged += 1
-            self.book.promise(call)
+            self.book.promise(call, by)
             await anyio.sleep(0.005)
 
-    async def _asked(self, holder: Child, call: Call) -> bool:
+    async def _asked(self, holder: Child, call: Call) -> Child | None:
+        """Who has acknowledged the call; None: nobody yet."""
         while self._holder is holder and holder.gone:
             await anyio.sleep(0.05)
         holder = self._holder
@@ -295,9 +300,9 @@ class Takeovers:
             with anyio.move_on_after(0.1):
                 await event.wait()
         if answers and "done" in answers[0]:
-            return True
+            return holder
         await anyio.sleep(0.02)
-        return False
+        return None
 
     def check_batches(self) -> list[str]:
         """Two batches of different epochs that overlap, or that stand in the wrong order."""

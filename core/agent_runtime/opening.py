@@ -19,7 +19,7 @@ import anyio
 
 from .config import Config
 from .directories import Found, Overtaken, Taken, Unfinished, ask, overtaken_in, take_directories
-from .errors import ConfigError, JournalMismatch
+from .errors import ConfigError, JournalMismatch, StorageFatal
 from .journal import Directory, JournalFiles
 from .lease import LeaseKeeper, claim_of, patiently
 from .records import Durability
@@ -149,6 +149,12 @@ async def _claim(config: Config, storage: Storage, taken: Taken, address: str | 
                         )
                     return Opening(lease, taken, identity, unfinished)
                 await replay(overtaken, lease)
+                settled = (await ask(storage, overtaken.journal_id)).journal
+                if settled is None or settled.sequence <= overtaken.stored:
+                    raise StorageFatal(
+                        f"the storage has not moved the row of the journal {overtaken.journal_id}, whose changes came "
+                        "in late: it must heed Batch.replayed"
+                    )
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await lease.release()
