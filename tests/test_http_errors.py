@@ -590,6 +590,8 @@ def test_every_error_of_the_runtime_has_its_status() -> None:
     assert statuses == {
         "InvalidInput": (422, "invalid-input", False),
         "SessionNotFound": (404, "session-not-found", False),
+        "ApprovalNotFound": (404, "approval-not-found", False),
+        "ApprovalDecided": (409, "approval-decided", False),
         "SessionExists": (409, "session-exists", False),
         "SessionHeld": (409, "session-held", False),
         "IdempotencyConflict": (409, "idempotency-conflict", False),

@@ -72,6 +72,7 @@ _NOT_PUBLIC: Final = (
     "forbidden",
     "cross-origin",
     "misdirected",
+    "too-many-requests",
     "runtime-closed",
     "storage-unavailable",
     "storage-fatal",

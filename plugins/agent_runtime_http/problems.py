@@ -117,6 +117,7 @@ REFUSALS: Final = {
         Kind(415, "unsupported-media-type", "The body is of a type that is not read here"),
         Kind(421, "misdirected", "The request is for another host"),
         Kind(422, "invalid-input", "The request holds what can't be accepted"),
+        Kind(429, "too-many-requests", "Too many requests", again=True),
     )
 }
 """What this surface refuses by itself, by slug."""
@@ -141,6 +142,7 @@ FAILURES: Final[Mapping[type[Exception], Kind]] = {
 }
 """What the runtime raises."""
 
+_OF_STATUS: Final = {404: "not-found", 429: "too-many-requests"}
 _UNEXPECTED: Final = Kind(500, "internal-error", "The server failed")
 KINDS: Final[Mapping[str, Kind]] = {kind.slug: kind for kind in (*REFUSALS.values(), *FAILURES.values(), _UNEXPECTED)}
 """Every type of problem, by slug."""
@@ -215,8 +217,9 @@ def _document(kind: Kind, detail: str, members: Mapping[str, Any] = {}, headers:
 
 
 def _http_kind(status: int) -> Kind:
-    if status == REFUSALS["not-found"].status:
-        return REFUSALS["not-found"]
+    """The kind of what routes and middleware of plugins refuse by a status alone."""
+    if status in _OF_STATUS:
+        return REFUSALS[_OF_STATUS[status]]
     phrase = HTTPStatus(status).phrase
     return Kind(status, phrase.lower().replace(" ", "-"), phrase)
 
