@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_origin
 
-import msgspec
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,7 +21,6 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
     field_validator,
 )
 from pydantic_core import ErrorDetails
@@ -121,11 +119,6 @@ def _key(default: _Value, meaning: str, **bounds: Any) -> _Value:
     return field
 
 
-def _later(default: _Value, meaning: str) -> _Value:
-    """A key of a feature that has not landed: only its default is accepted, and the schema says so."""
-    return _key(default, meaning, json_schema_extra={"const": default})
-
-
 def _printable(url: str) -> str:
     if not url.isprintable():
         raise ValueError("must not hold control characters")
@@ -158,14 +151,10 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _prepare(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, list):
-            value = tuple(value)  # YAML and JSON have lists only; what is kept can't be changed
-        extra = cls.model_fields[info.field_name].json_schema_extra if info.field_name else None
-        if isinstance(extra, dict) and "const" in extra and value != extra["const"]:
-            default = msgspec.json.encode(extra["const"]).decode()
-            raise ValueError(f"its feature is not in this version yet; only the default ({default}) is accepted")
-        return value
+    def _prepare(cls, value: object) -> object:
+        return (
+            tuple(value) if isinstance(value, list) else value
+        )  # YAML and JSON have lists only; ours can't be changed
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, _redacted(name, value)) for name, value in self]
