@@ -63,7 +63,8 @@ def server(storage: str) -> Iterator[Server]:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_elsewhere_than_on_a_terminal_it_is_lines(server: Server, storage: str, encoding: str) -> None:
-    done = run("status", "--storage", storage, environ={"PYTHONIOENCODING": encoding})
+    where = ("--storage", storage) if encoding == "utf-8" else ("--server", server.url.replace("//", "//me:secret@"))
+    done = run("status", *where, environ={"PYTHONIOENCODING": encoding})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.isascii() == (encoding == "ascii")
     assert "\\u" not in done.stdout
@@ -357,3 +358,5 @@ def test_whatever_the_figures_every_row_can_be_shown(seed: int, columns: int) ->
         board.add(look * random.random(), shaken(status_of_nothing()))
     for row in [*board.troubles(), *board.rows(columns)]:
         assert "\n" not in row.label + row.value + row.text
+        if row.label == "writes":
+            assert len(row.text) <= max(1, columns - 26)

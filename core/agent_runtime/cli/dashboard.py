@@ -69,7 +69,7 @@ class Board:
             looks.clear()
         if looks:
             accepted = status.watermarks.accepted - looks[-1].status.watermarks.accepted
-            self._rates.append(accepted / max(at_s - looks[-1].at_s, 1e-3))
+            self._rates.append(max(0, accepted) / max(at_s - looks[-1].at_s, 1e-3))
         looks.append(_Look(at_s, status))
         while len(looks) > 2 and looks[1].at_s <= at_s - _WINDOW_S:
             looks.popleft()
@@ -151,7 +151,7 @@ class Board:
     def _writes(self, columns: int) -> Iterator[Row]:
         rate = self._per_second(self._grown(lambda it: it.watermarks.accepted))
         if rate is not None:
-            cells = min(_RATES_MAX, max(0, columns - 26))
+            cells = min(_RATES_MAX, max(1, columns - 26))
             yield Row("writes", f"{_rate(rate)} /s", self._curve(list(self._rates)[-cells:]))
 
     def _appends(self, status: Status) -> Iterator[Row]:

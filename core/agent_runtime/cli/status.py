@@ -8,6 +8,7 @@ While it is watched a server may go away and come back, or another one take its 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -80,12 +81,12 @@ def show_status(
 
 
 class _Server:
-    """The server that is asked. `url` is where it was found last."""
+    """The server that is asked. `url` is where it was found last, without the password that the URL may hold."""
 
     def __init__(self, config: Config, named: str | None) -> None:
         self._config = config
         self._named = self._at = named
-        self.url = named or ""
+        self.url = ""
         self._plugins = PluginManager(disabled=config.plugins.disabled)
         self._plugins.load()
 
@@ -116,8 +117,8 @@ class _Server:
                     if isinstance(status, Awaitable):
                         status = await status
         except TimeoutError:
-            raise StorageUnavailable(f"the server at {url} does not answer within {_ANSWER_S:g} s") from None
-        self._at = self.url = url
+            raise StorageUnavailable(f"the server at {_shown(url)} does not answer within {_ANSWER_S:g} s") from None
+        self._at, self.url = url, _shown(url)
         return status
 
     async def _holder(self) -> LeaseHeld:
@@ -252,6 +253,10 @@ def _view(board: Board, server: _Server, terminal: Console, absent: tuple[str, f
     if troubles:
         parts += [table(*troubles, wraps=True), Text()]
     return Group(*parts, table(*figures, wraps=False))
+
+
+def _shown(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def _glyphs() -> Glyphs:
