@@ -112,6 +112,16 @@ async def test_every_example_of_a_body_is_accepted() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("empty", [{}, [], 0, ""])
+async def test_an_empty_value_is_no_false_for_what_would_purge(empty: object) -> None:
+    async with opened() as app:
+        await app("PUT", "/v1/sessions/porto")
+        refused = await app("POST", "/v1/purge", {"session_ids": ["porto"], "dry_run": empty})
+        assert (refused.status, refused.pointers) == (422, ["/dry_run"])
+        assert (await app("GET", "/v1/sessions/porto")).status == 200
+
+
+@pytest.mark.anyio
 async def test_it_is_made_once_and_says_where_it_is_mounted() -> None:
     inner = create_app("memory:")
     outer = App(Starlette(routes=[Mount("/agents", inner)]), root="/agents")

@@ -107,13 +107,13 @@ async def purge_sessions(call: Call) -> Answer:
     and idle for as long as is asked for, with what was taken of each.
     """
     given = await call.members()
-    session_ids, idle_s, dry_run = given["session_ids"], given.get("idle_longer_than_s"), given.get("dry_run") or False
+    session_ids, idle_s, dry_run = given["session_ids"], given.get("idle_longer_than_s"), given.get("dry_run")
     if not isinstance(session_ids, list):
         raise InvalidInput("session_ids", "must be a list of ids")
-    if not isinstance(dry_run, bool):
+    if not isinstance(dry_run, bool | None):  # an empty value is no false: it would purge
         raise InvalidInput("dry_run", "must be true or false")
     idle = None if idle_s is None else _length(idle_s)
-    purged = await call.runtime.purge_sessions(session_ids, idle_longer_than=idle, dry_run=dry_run)
+    purged = await call.runtime.purge_sessions(session_ids, idle_longer_than=idle, dry_run=bool(dry_run))
     return json_answer({"items": purged})
 
 
