@@ -629,7 +629,7 @@ def test_the_example_is_accepted_and_so_is_what_is_commented_out() -> None:
     file = CONFIGS / "sqlite.yaml"
     config = load_config(file, environ={})
     assert config.storage.url.startswith("sqlite:///")
-    assert config.write_behind.durability in ("buffered", "stored")
+    assert config.write_behind.durability == "journaled"
     shown = re.sub(r"^( *)# (?=[a-z_]+: \S+$)", r"\1", file.read_text(), flags=re.MULTILINE)
     named = {f"{section}.{key}" for section, keys in yaml.safe_load(shown).items() for key in keys}
     assert named <= set(known_keys())
