@@ -152,9 +152,8 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _prepare(cls, value: object) -> object:
-        return (
-            tuple(value) if isinstance(value, list) else value
-        )  # YAML and JSON have lists only; ours can't be changed
+        # YAML and JSON have lists only; what is kept can't be changed.
+        return tuple(value) if isinstance(value, list) else value
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, _redacted(name, value)) for name, value in self]
