@@ -208,7 +208,12 @@ async def test_without_the_key_nothing_is_told(path: str, key: Mapping[str, str]
     async with opened() as app:
         for headers in wrong:
             reply = await checked(app, "GET", path, headers)
-            assert (reply.status, reply.json) == UNAUTHORIZED
+            assert reply.status == 401
+            assert reply.headers["www-authenticate"] == "x-internal-auth"
+            if path in OLD_PATHS:
+                assert (reply.status, reply.json) == UNAUTHORIZED
+            else:
+                assert reply.slug == "unauthenticated"
         assert (await checked(app, "GET", path, key)).status in (200, 404)
 
 

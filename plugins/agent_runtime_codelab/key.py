@@ -21,6 +21,7 @@ from starlette.routing import Match, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agent_runtime import ConfigError
+from agent_runtime_http import Unauthenticated
 from agent_runtime_http.answers import json_answer
 
 from .routes import old_routes
@@ -31,6 +32,8 @@ VARIABLES: Final = ("AGENT_RUNTIME__INTERNAL_API_KEY", "INTERNAL_API_KEY")
 """Two names for one thing."""
 
 _HEADER: Final = b"x-internal-auth"
+_CHALLENGE: Final = "x-internal-auth"
+_UNAUTHORIZED: Final = json_answer({"detail": "unauthorized"}, 401, [(b"www-authenticate", _CHALLENGE.encode())])
 _PUBLIC: Final = frozenset({"/health", "/livez", "/readyz"})
 
 
@@ -65,8 +68,10 @@ class InternalKey:
                 await (self._old if is_old else app)(scope, receive, send)
             elif scope["app"].state.service.tokens and (_has_token(scope) or not is_old):
                 await app(scope, receive, send)  # whether it is one of ours is looked at there
+            elif is_old:
+                await _UNAUTHORIZED(scope, receive, send)
             else:
-                await json_answer({"detail": "unauthorized"}, 401)(scope, receive, send)
+                raise Unauthenticated("send the key, with the header x-internal-auth", challenge=_CHALLENGE)
 
         return guarded
 
