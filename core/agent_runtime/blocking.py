@@ -2,7 +2,8 @@
 
 `open_runtime_blocking` runs a runtime on an event loop in a thread of its own; the calls here hand theirs over to it
 and wait, from any number of threads. What each does is said at its twin in `session` and `runtime`. A thread that runs
-an event loop may call them too, but blocks its loop meanwhile; and trio can't wait for trio in this way.
+an event loop may call them too, but blocks its loop meanwhile; and trio can't wait for trio in this way. Tasks of such a
+loop have `BlockingRuntime.call_async`, which blocks nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from threading import Condition
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from anyio import NoEventLoopError
@@ -50,23 +52,43 @@ __all__ = ["BlockingQuarantine", "BlockingRuntime", "BlockingSessionHandle", "op
 
 
 class _Loop:
-    """The runtime's event loop, in its thread. `stopped`: the runtime is closed, there is nobody to call."""
+    """The runtime's event loop, in its thread. It ends once the runtime is closed and every call has come back."""
 
-    __slots__ = ("_portal", "stopped")
+    __slots__ = ("_calls", "_portal", "_returned", "_stopped")
 
     def __init__(self, portal: BlockingPortal) -> None:
-        self.stopped = False
         self._portal = portal
+        self._stopped = False
+        self._calls = 0
+        self._returned = Condition()
 
     @contextmanager
     def portal(self) -> Iterator[BlockingPortal]:
         """The way to it, for one call."""
+        portal = self.enter()
         try:
-            yield self._portal
-        except RuntimeError:
-            if self.stopped:
-                raise RuntimeClosed from None
-            raise
+            yield portal
+        finally:
+            self.leave()
+
+    def enter(self) -> BlockingPortal:
+        """The same, until `leave`."""
+        with self._returned:
+            if self._stopped:
+                raise RuntimeClosed
+            self._calls += 1
+        return self._portal
+
+    def leave(self) -> None:
+        with self._returned:
+            self._calls -= 1
+            self._returned.notify_all()
+
+    def stop(self) -> None:
+        """The runtime is closed: there is nobody to call. Waits for the calls that are under way."""
+        with self._returned:
+            self._stopped = True
+            self._returned.wait_for(lambda: not self._calls)
 
 
 class _Caller:
@@ -262,6 +284,14 @@ class BlockingSessionHandle(_Caller):
         idempotency_key: str | None = None,
     ) -> AgentContext:
         return self._call(self._session.merge_context, patch, durability=durability, idempotency_key=idempotency_key)
+
+    def change_context(
+        self,
+        change: Callable[[dict[str, Any]], Mapping[str, Any]],
+        *,
+        durability: Durability | None = None,
+    ) -> AgentContext:
+        return self._call(self._session.change_context, change, durability=durability)
 
     def put_document(
         self,
@@ -466,6 +496,34 @@ class BlockingRuntime(_Caller):
     def quarantine(self) -> BlockingQuarantine:
         return BlockingQuarantine(self._runtime.quarantine, self._loop)
 
+    def call(self, function: Callable[[Runtime], Awaitable[T]]) -> T:
+        """Await `function(runtime)` on the runtime's event loop: several calls in one go.
+
+        Raises RuntimeError on that loop's own thread, where a plugin's hooks run: it would wait for itself.
+        """
+        return self._call(function, self._runtime)
+
+    async def call_async(self, function: Callable[[Runtime], Awaitable[T]]) -> T:
+        """The same from any event loop, asyncio's or trio's, which goes on meanwhile.
+
+        A cancellation goes over to `function`, and is waited for.
+        """
+        portal, arrived = self._loop.enter(), False
+
+        async def run() -> T:
+            nonlocal arrived
+            arrived = True
+            try:
+                return await function(self._runtime)
+            finally:
+                self._loop.leave()  # here: who closes the runtime may be what keeps the caller from going on
+
+        try:
+            return await portal.call_async(run)
+        finally:
+            if not arrived:
+                self._loop.leave()
+
     def _create(
         self, function: Callable[P, Awaitable[SessionHandle]], *args: P.args, **kwargs: P.kwargs
     ) -> BlockingSessionHandle:
@@ -501,7 +559,7 @@ def open_runtime_blocking(
             with portal.wrap_async_context_manager(opened) as runtime:
                 yield BlockingRuntime(runtime, running)
         finally:
-            running.stopped = True
+            running.stop()
 
 
 def _runs_trio() -> bool:
