@@ -2,8 +2,8 @@
 
 `open_runtime_blocking` runs a runtime on an event loop in a thread of its own; the calls here hand theirs over to it
 and wait, from any number of threads. What each does is said at its twin in `session` and `runtime`. A thread that runs
-an event loop may call them too, but blocks its loop meanwhile; and trio can't wait for trio in this way. Tasks of such a
-loop have `BlockingRuntime.call_async`, which blocks nothing.
+an event loop may call them too, but blocks its loop meanwhile; and trio can't wait for trio in this way.
+Tasks of such a loop have `BlockingRuntime.call_async`, which blocks nothing.
 """
 
 from __future__ import annotations
