@@ -7,7 +7,7 @@ import inspect
 import json
 import pickle
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -92,7 +92,10 @@ def old_sessions(manager: SessionManager) -> None:
     assert manager.get_or_create("s2", "Be rude.").message_count == 1
     assert manager.get_or_create("s3", "").messages == ()  # the old service's way to say that there is none
     assert [each.session_id for each in manager.all_sessions()] == ["s1", "s2", "s3"]
-    for call in (lambda: manager.append_message("s4", "user", "x"), lambda: manager.append_tool_result("s4", "c", "t", "x")):
+    for call in (
+        lambda: manager.append_message("s4", "user", "x"),
+        lambda: manager.append_tool_result("s4", "c", "t", "x"),
+    ):
         with pytest.raises(ValueError, match="Session s4 not found"):
             call()
     manager.delete("s1")
@@ -201,11 +204,11 @@ def test_tasks_have_the_same_calls(ours: type, theirs: type) -> None:
     [SessionManager, AgentContextManager, AsyncSessionManager, AsyncAgentContextManager, AgentContext, SessionState],
 )
 def test_each_call_names_the_new_one(owner: type) -> None:
-    assert owner.__deprecated__  # type: ignore[attr-defined]
+    assert vars(owner)["__deprecated__"]
     for name, member in vars(owner).items():
         call = member.fget if isinstance(member, property) else member
         if name[0] != "_" and inspect.isfunction(call) and name != "session_id":
-            assert call.__deprecated__.startswith(("use ", "leave ")), name
+            assert vars(call)["__deprecated__"].startswith(("use ", "leave ")), name
             assert call.__doc__, name
 
 
@@ -277,7 +280,11 @@ def test_what_lies_within_metadata_refuses_to_be_changed() -> None:
         with pytest.raises(TypeError):
             context.agent_history[0]["to"] = "x"
         assert context.metadata == {"inner": {"y": 1}, "items": [1]}
-        for copied in (context.metadata.copy(), copy.deepcopy(context.metadata), pickle.loads(pickle.dumps(context.metadata))):
+        for copied in (
+            context.metadata.copy(),
+            copy.deepcopy(context.metadata),
+            pickle.loads(pickle.dumps(context.metadata)),
+        ):
             assert copied == context.metadata
             copied["inner"]["y"] = 2  # a copy is one's own
             copied["items"].append(2)
@@ -294,17 +301,265 @@ def test_what_lies_within_metadata_refuses_to_be_changed() -> None:
 # --- cleanup ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_nobody_used_for_long_is_cleaned_up() -> None:
-    with open_managers("memory:") as runtime:
-        before = datetime.now(UTC) - timedelta(hours=25)
-        for session_id in ("old", "used"):
-            runtime.call(
-                lambda it, session_id=session_id: it._archives.put(session_id, before)  # type: ignore[misc]
-            ) if False else runtime.create_session(session_id)
-        assert agent_context_manager.cleanup_old_sessions() == 0
-        assert agent_context_manager.cleanup_old_sessions(max_age_hours=10**9) == 0
+def test_what_nobody_used_for_long_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ago = timedelta(hours=25)
+    monkeypatch.setattr("agent_runtime.runtime.utc_now", lambda: datetime.now(UTC) - ago)
+    with open_managers("memory:"):
+        for session_id in ("idle", "used", "switched"):
+            session_manager.create(session_id, "Be nice.")
+        ago = timedelta()
+        session_manager.append_message("used", "user", "hello")
+        agent_context_manager.get_or_create("switched").switch_agent("coder", "why")
         for wrong in (-1, float("nan")):
             with pytest.raises(ValueError, match="max_age_hours must be 0 or more"):
                 agent_context_manager.cleanup_old_sessions(wrong)
+        for hours in (26, 10**9):
+            assert agent_context_manager.cleanup_old_sessions(max_age_hours=hours) == 0
+        assert agent_context_manager.cleanup_old_sessions() == 1
+        assert agent_context_manager.get_all_sessions() == ["used", "switched"]
         assert agent_context_manager.cleanup_old_sessions(max_age_hours=0) == 2
-        assert agent_context_manager.get_all_sessions() == []
+
+
+# --- which runtime ----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_runtime_it_says_what_to_do() -> None:
+    with pytest.raises(NotOpened, match="enter open_managers"):
+        session_manager.exists("s1")
+    with open_managers("memory:") as first, open_managers("memory:") as second:
+        with pytest.raises(NotOpened, match="hand one to the manager"):
+            session_manager.exists("s1")
+        SessionManager(first).create("s1")
+        assert (SessionManager(first).exists("s1"), SessionManager(second).exists("s1")) == (True, False)
+    with pytest.raises(RuntimeClosed):
+        SessionManager(first).exists("s1")
+
+
+@pytest.mark.anyio
+async def test_asynchronous_managers_open_one_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENT_RUNTIME__DB_URL", database(tmp_path))
+    sessions, contexts = AsyncSessionManager(), AsyncAgentContextManager()
+    for _ in range(2):
+        async with anyio.create_task_group() as tasks:
+            for manager in (sessions, contexts, sessions):
+                tasks.start_soon(manager.initialize)
+        await sessions.get_or_create("s1")
+        await sessions.shutdown()
+        await sessions.shutdown()
+        assert await contexts.exists("s1")  # it is still in use
+        session_manager.append_message("s1", "user", "hello")
+        await contexts.shutdown()
+        with pytest.raises(NotOpened):
+            session_manager.exists("s1")
+    async with opened():
+        await sessions.initialize()  # there is one
+        assert not await sessions.exists("s1")
+        await sessions.shutdown()
+        assert not await sessions.exists("s1")
+    with open_runtime_blocking(database(tmp_path)) as runtime:
+        assert runtime.get_session("s1").record().message_count == 2
+
+
+@pytest.mark.anyio
+async def test_what_fails_to_open_can_be_opened_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENT_RUNTIME__DB_URL", database(tmp_path))
+    manager = AsyncSessionManager()
+    (tmp_path / "new.db").mkdir()
+    with pytest.raises(Exception, match="is a directory"):
+        await manager.initialize()
+    (tmp_path / "new.db").rmdir()
+    await manager.initialize()
+    await manager.create("s1")
+    await manager.shutdown()
+
+
+class Curious:
+    """A plugin that calls a manager from the runtime's own thread."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    @hookimpl
+    def agent_runtime_before_append(self, session_id: str, message: NewMessage) -> None:
+        try:
+            session_manager.get_history(session_id)
+        except RuntimeError as error:
+            self.error = error
+
+
+def test_from_the_runtimes_own_thread_is_refused() -> None:
+    plugin = Curious()
+    with open_managers("memory:", plugins=[plugin]):
+        session_manager.create("s1")
+        session_manager.append_message("s1", "user", "hello")
+        assert "cannot be called from the event loop thread" in str(plugin.error)
+        assert len(session_manager.get_history("s1")) == 1
+
+
+# --- all at once ------------------------------------------------------------------------------------------------------
+
+THREADS = 50
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("calls", [1_500, pytest.param(20_000, marks=pytest.mark.long)])
+async def test_threads_and_a_loop_at_once(tmp_path: Path, calls: int) -> None:
+    """Fifty threads and the tasks of a loop, on the same sessions: each message once and in its caller's order, each key."""
+    rounds = calls // (THREADS + 2) // 3
+    shared = [f"s{number}" for number in range(5)]
+
+    def work(caller: str) -> None:
+        for number in range(rounds):
+            session_id = shared[number % len(shared)]
+            session_manager.append_message(session_id, "user", f"{caller} {number}")
+            context = agent_context_manager.get_or_create(session_id)
+            context.add_metadata(f"{caller} {number}", {"number": number})
+            if number % 3:
+                context.switch_agent(f"{caller} {number}", "why")
+            else:
+                assert f"{caller} {number}" in [each["content"] for each in session_manager.get_history(session_id)]
+
+    async def work_as_task(caller: str) -> None:
+        sessions, contexts = AsyncSessionManager(), AsyncAgentContextManager()
+        for number in range(rounds):
+            session_id = shared[number % len(shared)]
+            await sessions.append_message(session_id, "user", f"{caller} {number}")
+            context = await contexts.get_or_create(session_id)
+            context.add_metadata(f"{caller} {number}", {"number": number})  # holds up the loop, and comes back
+            context.switch_agent(f"{caller} {number}", "why")
+
+    async def work_within_the_loop(caller: str) -> None:
+        for number in range(rounds):
+            session_id = shared[number % len(shared)]
+            session_manager.append_message(session_id, "user", f"{caller} {number}")
+            context = agent_context_manager.get_or_create(session_id)
+            context.metadata[f"{caller} {number}"] = {"number": number}
+            context.switch_agent(f"{caller} {number}", "why")
+            await anyio.sleep(0)
+
+    callers = [*(f"thread{number}" for number in range(THREADS)), "task", "loop"]
+
+    def check() -> None:
+        for index, session_id in enumerate(shared):
+            expected = [number for number in range(rounds) if number % len(shared) == index]
+            found: dict[str, list[int]] = {}
+            for message in session_manager.get_history(session_id):
+                caller, number = message["content"].split()
+                found.setdefault(caller, []).append(int(number))
+            assert found == (dict.fromkeys(callers, expected) if expected else {})
+            context = agent_context_manager.get_or_create(session_id)
+            assert context.metadata == {
+                f"{caller} {number}": {"number": number} for caller in callers for number in expected
+            }
+            switches = len(callers) * len(expected) - THREADS * sum(number % 3 == 0 for number in expected)
+            assert context.switch_count == len(context.agent_history) == switches
+
+    async with opened(database(tmp_path)):
+        with anyio.fail_after(100):
+            started = [session_manager.get_or_create(session_id) for session_id in shared]
+            assert len(started) == len(shared)
+            async with anyio.create_task_group() as tasks:
+                limiter = anyio.CapacityLimiter(THREADS)
+                for number in range(THREADS):
+                    tasks.start_soon(
+                        lambda caller: anyio.to_thread.run_sync(work, caller, limiter=limiter), f"thread{number}"
+                    )
+                tasks.start_soon(work_as_task, "task")
+                tasks.start_soon(work_within_the_loop, "loop")
+            check()
+    async with opened(database(tmp_path)):
+        check()
+
+
+def test_one_of_many_callers_creates() -> None:
+    with open_managers("memory:"), ThreadPoolExecutor(THREADS) as threads:
+
+        def create(number: int) -> bool:
+            session_manager.get_or_create("shared", "Be nice.")
+            try:
+                session_manager.create("contended", f"{number}")
+            except ValueError:
+                return False
+            return True
+
+        assert sum(threads.map(create, range(THREADS))) == 1
+        assert [len(session_manager.get_history(each)) for each in ("shared", "contended")] == [1, 1]
+
+
+@pytest.mark.anyio
+async def test_closing_while_everybody_calls(tmp_path: Path) -> None:
+    """Each call comes back, with what it did or with RuntimeClosed, and what was acknowledged is there."""
+    acknowledged: list[str] = []
+    running = threading.Barrier(11)
+
+    def work(caller: int, append: Callable[[str], None]) -> None:
+        append(f"{caller} first")
+        running.wait()
+        with pytest.raises(RuntimeClosed):
+            for number in range(10**9):
+                append(f"{caller} {number}")
+
+    def in_thread(text: str) -> None:
+        manager.append_message("s1", "user", text)
+        acknowledged.append(text)
+
+    async def in_task(number: int) -> None:
+        with pytest.raises(RuntimeClosed):
+            while True:
+                number += 1
+                await asynchronous.append_message("s1", "user", f"task {number}")
+                acknowledged.append(f"task {number}")
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks, opened(database(tmp_path)) as runtime:
+            manager, asynchronous = SessionManager(runtime), AsyncSessionManager(runtime)
+            manager.create("s1")
+            limiter = anyio.CapacityLimiter(12)
+            for caller in range(10):
+                tasks.start_soon(
+                    lambda each: anyio.to_thread.run_sync(work, each, in_thread, limiter=limiter), caller
+                )
+            tasks.start_soon(in_task, 0)
+            await anyio.to_thread.run_sync(running.wait)
+            await anyio.sleep(0.1)
+    with open_managers(database(tmp_path)):
+        stored = [message["content"] for message in session_manager.get_history("s1")]
+    assert len(stored) == len(set(stored))
+    assert set(acknowledged) <= set(stored)
+    assert len(acknowledged) > 20
+
+
+@pytest.mark.anyio
+async def test_closed_from_the_loop_whose_tasks_are_calling(tmp_path: Path) -> None:
+    """The thread that closes is the one that its tasks would need to come back: it must not wait for them."""
+
+    async def flush() -> None:
+        await runtime.call_async(lambda it: it.flush())
+
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            with open_managers(database(tmp_path)) as runtime:
+                session_manager.create("s1")
+                tasks.start_soon(flush)
+                await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_task_waits_for_the_end_of_its_call(tmp_path: Path) -> None:
+    async with opened(database(tmp_path)) as runtime:
+        session_manager.create("s1")
+        begun, ended = threading.Event(), threading.Event()
+
+        async def slow(_: object) -> None:
+            begun.set()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                ended.set()
+
+        with anyio.move_on_after(0.2) as scope:
+            await runtime.call_async(slow)
+        assert (scope.cancelled_caught, begun.is_set(), ended.is_set()) == (True, True, True)
+        assert session_manager.exists("s1")
