@@ -518,9 +518,7 @@ async def test_closing_while_everybody_calls(tmp_path: Path) -> None:
             manager.create("s1")
             limiter = anyio.CapacityLimiter(12)
             for caller in range(10):
-                tasks.start_soon(
-                    lambda each: anyio.to_thread.run_sync(work, each, in_thread, limiter=limiter), caller
-                )
+                tasks.start_soon(lambda each: anyio.to_thread.run_sync(work, each, in_thread, limiter=limiter), caller)
             tasks.start_soon(in_task, 0)
             await anyio.to_thread.run_sync(running.wait)
             await anyio.sleep(0.1)

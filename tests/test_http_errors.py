@@ -595,8 +595,6 @@ def test_every_error_of_the_runtime_has_its_status() -> None:
         "SessionExists": (409, "session-exists", False),
         "SessionHeld": (409, "session-held", False),
         "IdempotencyConflict": (409, "idempotency-conflict", False),
-        "ApprovalNotFound": (404, "approval-not-found", False),
-        "ApprovalDecided": (409, "approval-decided", False),
         "Quarantined": (409, "quarantined", False),
         "Overloaded": (503, "overloaded", True),
         "StorageUnavailable": (503, "storage-unavailable", True),
