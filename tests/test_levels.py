@@ -99,7 +99,7 @@ async def test_flush_waits_for_all_that_was_acknowledged(place: Place) -> None:
         await runtime.flush()
         session = await begin(runtime)
         await runtime.flush()
-        assert runtime.watermarks.stored == runtime.watermarks.accepted == 4
+        assert runtime.watermarks.stored == runtime.watermarks.accepted == 5
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(session.append, "user", "hi")
@@ -120,20 +120,20 @@ async def test_a_level_not_reached_in_time_leaves_the_change(write: Write) -> No
         with pytest.raises(DurabilityNotReached) as caught:
             await write.call(runtime, session, durability="stored")
         error = caught.value
-        assert (error.sequence, error.wanted, error.reached) == (5, "stored", "buffered")
+        assert (error.sequence, error.wanted, error.reached) == (6, "stored", "buffered")
         assert str(error) == (
-            "change 5 is applied but only buffered, not yet stored (it took more than 0.001 s); do not repeat the call"
+            "change 6 is applied but only buffered, not yet stored (it took more than 0.001 s); do not repeat the call"
         )
         assert type(error.outcome) is type(expected)
         if isinstance(expected, SessionHandle):
             assert await runtime.get_session(error.outcome.session_id)
         if write.method == "append":
             assert error.outcome == (await session.messages(order="desc", limit=1)).items[0]
-        with pytest.raises(StorageUnavailable, match=r"5 change\(s\) are still not stored after 0.001 s"):
+        with pytest.raises(StorageUnavailable, match=r"6 change\(s\) are still not stored after 0.001 s"):
             await runtime.flush()
         gate.open()
     async with place.open() as runtime:
-        assert runtime.watermarks.stored == 5
+        assert runtime.watermarks.stored == 6
 
 
 def test_threads_get_a_handle_of_theirs_when_a_level_is_not_reached(anyio_backend: Any) -> None:

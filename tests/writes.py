@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
 
 from agent_runtime import Approval, Runtime, SessionHandle
-from agent_runtime.approvals import APPROVALS, Decision
+from agent_runtime.approvals import Decision
 
 Call: TypeAlias = Callable[..., Awaitable[Any]]
 
@@ -113,10 +113,13 @@ WRITES = [
 """In an order in which each changes something after those before it."""
 
 
+_ASKED: dict[str, str] = {}
+"""The approval that `begin` asked for, by incarnation."""
+
+
 async def decide(session: SessionHandle, decision: Decision, **options: Any) -> Approval:
-    """Decide what `begin` asked for: the first approval, shown yet or not."""
-    first = (await session.list_documents(APPROVALS, limit=1)).items[0]
-    return await session.decide_approval(first.key, decision, **options)
+    """Decide what `begin` asked for."""
+    return await session.decide_approval(_ASKED[session.incarnation], decision, **options)
 
 
 WRITE_IDS = [f"{number}-{write.method}" for number, write in enumerate(WRITES)]
@@ -128,7 +131,7 @@ async def begin(runtime: Runtime) -> SessionHandle:
     await session.append("user", "hi")
     await session.append("assistant", tool_calls=[{"id": "c"}])
     await session.put_document("c", "k", 1)
-    await session.request_approval("c", "f", {}, durability="buffered")
+    _ASKED[session.incarnation] = (await session.request_approval("c", "f", {}, durability=None)).approval_id
     return session
 
 
