@@ -408,7 +408,7 @@ class Runtime:
         """
         restored = await self._quarantine.restore()
         if restored:
-            logger.warning("%d change(s) are in quarantine; their sessions are held", restored)
+            logger.warning("%d change(s) are in quarantine; those of their sessions that are there are held", restored)
         body_error: BaseException | None = None
         async with anyio.create_task_group() as tasks:
             drained = anyio.Event()
