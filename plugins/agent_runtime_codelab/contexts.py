@@ -56,7 +56,7 @@ class SessionState:
     @property
     @deprecated("use session.messages()", category=None)
     def messages(self) -> tuple[dict[str, Any], ...]:
-        """The messages, in chat format, as they are now. A tuple: to append one, call the manager's `append_message`."""
+        """The messages in chat format, as they are now. A tuple: the manager's `append_message` appends."""
 
         async def asked(runtime: Runtime) -> list[dict[str, Any]]:
             return await messages_of(await runtime.get_session(self.session_id))

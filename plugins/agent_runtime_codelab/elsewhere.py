@@ -10,8 +10,9 @@ Nothing is written down twice: a stand-in asks the object that it stands for wha
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from functools import wraps
+from types import MethodType
 from typing import Any, cast
 
 from agent_runtime import BlockingRuntime, DurabilityNotReached, Runtime, SessionHandle
@@ -48,7 +49,7 @@ class _StandIn:
         if inspect.iscoroutinefunction(call):
             return self._awaited(getattr(self._target, name))
         if inspect.isasyncgenfunction(call):
-            return self._scan(call)
+            return MethodType(call, self)  # it only asks its object for pages: so it can run here, and ask the stand-in
         if inspect.isfunction(call):
             return self._at_once(getattr(self._target, name))
         return self._at_once(lambda: getattr(self._target, name))()
@@ -63,15 +64,6 @@ class _StandIn:
                 raise
 
         return awaited
-
-    def _scan(self, scan: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        """A scan only asks its object for pages; so it can run here, and ask the stand-in."""
-
-        @wraps(scan)
-        def scanned(*args: Any, **options: Any) -> AsyncIterator[Any]:
-            return scan(self, *args, **options)
-
-        return scanned
 
     def _at_once(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)

@@ -5,8 +5,8 @@ of its own there, which is cancelled as drivers can bear it; so code that is wri
 on both, and leaves nothing behind when its request is given up.
 
 **What is yours are your own tables**, beside those of the runtime. The runtime's tables (`sessions`, `contexts`,
-`messages`, `switches`, `documents`, `outcomes`, `quarantine`, `partitions`, `journals`, `purges`, and the version of the
-schema) may be read, and must not be written to, altered or locked: what the runtime has in memory would overwrite it,
+`messages`, `switches`, `documents`, `outcomes`, `quarantine`, `partitions`, `journals`, `purges`, and the schema's
+version) may be read, and must not be written to, altered or locked: what the runtime has in memory would overwrite it,
 or its batches be refused. What is read there is what is *stored*: it may be some seconds old, and `runtime.flush()`
 brings it up to date. Give your tables a prefix: names without one may be taken by a later version.
 
@@ -17,10 +17,11 @@ nothing slow in between, a model least of all. Connections that only read are in
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar, TypeVarTuple, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import anyio
@@ -30,16 +31,18 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from agent_runtime import Config, InvalidInput, StorageFatal
-from agent_runtime.bridge import AsyncioBridge, on_cancel
+from agent_runtime.bridge import AsyncioBridge
 
 __all__ = ["SqlConnection", "SqlDatabase"]
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 Parameters: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 _TIMEOUT_S: Final = 10.0
+_INTERRUPT_AGAIN_S: Final = 0.05
 _CONNECTIONS_MAX: Final = 5
+_OURS: Final = frozenset({"pool_size", "schema", "connect_timeout", "fallback_application_name"})
+"""What a URL of PostgreSQL says to the storage, beside what ends in `_s`."""
 _PRAGMAS: Final[Mapping[str, object]] = {
     "busy_timeout": round(_TIMEOUT_S * 1000),
     "journal_mode": "wal",
@@ -62,22 +65,22 @@ class SqlConnection:
 
     async def execute(self, statement: Executable, parameters: Parameters = None) -> CursorResult[Any]:
         """Run a statement. Its rows are all there when it returns."""
-        return await self._run(self._connection.execute, statement, parameters)
+        return await self._run(lambda: self._connection.execute(statement, parameters))
 
-    async def scalar(self, statement: Executable, parameters: Parameters = None) -> Any:
+    async def scalar(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Any:
         """The first column of the first row; None if there is none."""
-        return await self._run(self._connection.scalar, statement, parameters)
+        return await self._run(lambda: self._connection.scalar(statement, parameters))
 
-    async def scalars(self, statement: Executable, parameters: Parameters = None) -> ScalarResult[Any]:
+    async def scalars(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> ScalarResult[Any]:
         """The first column of all rows."""
-        return await self._run(self._connection.scalars, statement, parameters)
+        return await self._run(lambda: self._connection.scalars(statement, parameters))
 
     async def run_sync(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(connection, *args)` with SQLAlchemy's synchronous connection: `metadata.create_all`, an ORM session.
+        """`function(connection, *args)` with SQLAlchemy's synchronous connection: `create_all`, a session of the ORM.
 
         It runs on the event loop of the connections and may block on nothing but this one.
         """
-        return await self._run(self._connection.run_sync, function, *args)
+        return await self._run(lambda: self._connection.run_sync(function, *args))
 
     async def commit(self) -> None:
         """Commit. It is done, or not begun, whoever is cancelled meanwhile."""
@@ -89,18 +92,32 @@ class SqlConnection:
         with anyio.CancelScope(shield=True):
             await self._bridge.run(self._connection.rollback)
 
-    async def _run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+    async def _run(self, statement: Callable[[], Awaitable[T]]) -> T:
         async def run() -> T:
-            if self._interrupt is None:
-                return await function(*args)
-            with on_cancel(self._interrupt):
-                return await function(*args)
+            return await (statement() if self._interrupt is None else _interruptible(statement, self._interrupt))
 
         return await self._bridge.run(run)
 
 
+async def _interruptible(statement: Callable[[], Awaitable[T]], interrupt: Callable[[], Awaitable[object]]) -> T:
+    """A statement that runs in SQLite's thread. Given up, it is interrupted and waited for.
+
+    SQLAlchemy must not see the cancellation: it would throw the connection away as it is, with its lock on the file.
+    """
+    task = asyncio.ensure_future(statement())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():  # an interrupt that comes before the thread has begun means nothing
+            await interrupt()
+            await asyncio.wait({task}, timeout=_INTERRUPT_AGAIN_S)
+        if not task.cancelled():
+            task.exception()  # looked at: it is what the interrupt made of the statement
+        raise
+
+
 class SqlDatabase:
-    """Connections to one database, at most five at once. Made by `SqlDatabase.open`, used from the loop that opened it."""
+    """Connections to one database, at most five at once. Made by `SqlDatabase.open`, used from its loop."""
 
     def __init__(self, bridge: AsyncioBridge, engine: AsyncEngine) -> None:
         self._bridge = bridge
@@ -114,7 +131,7 @@ class SqlDatabase:
         Raises:
             InvalidInput: the storage is none that SQLAlchemy reaches.
         """
-        make = _engine_for(config.storage.url)
+        make = _engine_for(config)
         async with AsyncioBridge.open(name="agent-runtime-sql") as bridge:
 
             async def made() -> AsyncEngine:
@@ -147,7 +164,8 @@ class SqlDatabase:
         return connection, cast("Any", raw.driver_connection).interrupt
 
 
-def _engine_for(url: str) -> Callable[[], AsyncEngine]:
+def _engine_for(config: Config) -> Callable[[], AsyncEngine]:
+    url = config.storage.url
     scheme, _, rest = url.partition(":")
     match scheme.lower().partition("+")[0]:
         case "sqlite":
@@ -158,7 +176,7 @@ def _engine_for(url: str) -> Callable[[], AsyncEngine]:
             if database and ":memory:" not in database:
                 return lambda: _sqlite(Path(database).resolve())
         case "postgresql" | "postgres" if rest.startswith("//"):
-            return lambda: _postgresql(f"postgresql:{rest}")
+            return lambda: _postgresql(f"postgresql:{rest}", config.storage.options.get("schema"))
     raise InvalidInput("storage.url", "has no SQL: a connection needs sqlite:///… or postgresql://…")
 
 
@@ -189,23 +207,28 @@ def _sqlite(path: Path) -> AsyncEngine:
         """The driver would begin no transaction before a read, and updates would get lost."""
         read_only = connection.get_execution_options().get("agent_runtime_read_only", False)
         adapted = cast("AdaptedConnection", connection.connection.dbapi_connection)
-        for statement in (f"PRAGMA query_only={int(read_only)}", "BEGIN" if read_only else "BEGIN IMMEDIATE"):
-            adapted.run_async(lambda driver, statement=statement: driver.execute_fetchall(statement))
+        adapted.run_async(lambda driver: driver.execute_fetchall(f"PRAGMA query_only={int(read_only)}"))
+        adapted.run_async(lambda driver: driver.execute_fetchall("BEGIN" if read_only else "BEGIN IMMEDIATE"))
 
     return engine
 
 
-def _postgresql(url: str) -> AsyncEngine:
-    """By the driver's own reading of the URL, which is libpq's; without what is said in it to the storage."""
+def _postgresql(url: str, schema: str | None) -> AsyncEngine:
+    """By the driver's own reading of the URL, which is libpq's; without what is said in it to the storage.
+
+    Where that has a schema, it is the one that names without a schema mean here too.
+    """
     parts = urlsplit(url)
-    ours = {"pool_size", "schema"}
-    query = [(name, value) for name, value in parse_qsl(parts.query) if name not in ours and not name.endswith("_s")]
-    dsn = urlunsplit(parts._replace(query=urlencode(query, quote_via=quote)))
+    query = dict(parse_qsl(parts.query))
+    schema = schema or query.get("schema")
+    kept = {name: value for name, value in query.items() if name not in _OURS and not name.endswith("_s")}
+    dsn = urlunsplit(parts._replace(query=urlencode(kept, quote_via=quote)))
+    settings = {} if schema is None else {"search_path": f'"{schema}"'}
 
     async def connect() -> Any:
         import asyncpg
 
-        return await asyncpg.connect(dsn, timeout=_TIMEOUT_S)
+        return await asyncpg.connect(dsn, timeout=_TIMEOUT_S, server_settings=settings)
 
     return create_async_engine(
         "postgresql+asyncpg://",
