@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,7 +39,7 @@ from agent_runtime import (
     open_runtime,
     open_runtime_blocking,
 )
-from agent_runtime_codelab import dependencies
+from agent_runtime_codelab import dependencies, sql
 from agent_runtime_codelab.dependencies import connection, get_runtime, get_session, read_connection, runtime_lifespan
 from agent_runtime_codelab.elsewhere import runtime_elsewhere
 from agent_runtime_codelab.managers import session_manager
@@ -231,7 +232,7 @@ def test_without_fastapi_the_functions_are_there_and_the_aliases_say_why_not() -
     program = """
         import sys
         sys.modules["fastapi"] = None
-        from agent_runtime_codelab import dependencies
+        from agent_runtime_codelab import dependencies, sql
         dependencies.get_runtime, dependencies.runtime_lifespan
         try:
             from agent_runtime_codelab.dependencies import RuntimeDep
@@ -402,3 +403,50 @@ async def test_pragmas_of_sqlite(tmp_path: Path) -> None:
             assert await connected.scalar(text("PRAGMA query_only")) == 0
         async with database.connect(read_only=True) as connected:
             assert await connected.scalar(text("PRAGMA query_only")) == 1
+
+
+# --- the guide --------------------------------------------------------------------------------------------------------
+
+GUIDE = (TESTS.parent / "plugins" / "agent_runtime_codelab" / "README.md").read_text()
+
+
+def block(kind: str) -> str:
+    """The block of Python that begins with this comment."""
+    [found] = [each for each in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if each.startswith(f"# {kind}\n")]
+    return str(found)
+
+
+def test_the_managers_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block("managers"), {})
+    with open_runtime_blocking("sqlite:///data/agent_runtime.db") as runtime:
+        session = runtime.get_session("s1")
+        assert (session.record().message_count, session.context().metadata) == (2, {"language": "de"})
+
+
+@pytest.mark.anyio
+async def test_the_dependencies_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block("dependencies"), "dependencies", "exec", dont_inherit=True), names)
+    async with client_of(names["app"]) as client:
+        said = [{"role": "user", "content": "hello"}]
+        assert (await client.post("/old/s1", params={"content": "hello"})).json() == said
+        assert (await client.get("/new/s1")).json() == said
+        assert [(await client.post("/rate/s1", params={"stars": 5})).json() for _ in range(2)] == [1, 2]
+
+
+def test_every_dependency_and_table_stands_in_the_guide(tmp_path: Path) -> None:
+    for name in dependencies.__all__:
+        assert f"`{name}" in GUIDE or name in {
+            "connection",
+            "read_connection",
+            "get_connection",
+            "get_read_connection",
+        }, name
+    with open_runtime_blocking(url_in(tmp_path)):
+        pass
+    place = Place(url_in(tmp_path), path=tmp_path / "new.db")
+    for (name,) in place.query("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"):
+        assert f"`{name}`" in GUIDE or "version" in name
+        assert f"`{name}`" in (sql.__doc__ or "") or "version" in name
