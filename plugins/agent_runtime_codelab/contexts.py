@@ -225,9 +225,11 @@ class Metadata(dict[str, Any]):
         return self._changed(lambda metadata: metadata.pop(key, *default))
 
     def popitem(self) -> tuple[str, Any]:
+        """Take out the last key."""
         return self._changed(lambda metadata: metadata.popitem())
 
     def setdefault(self, key: str, default: Any = None) -> Any:
+        """What a key has; `default`, which it is set to, if it was not there."""
         return _frozen(self._changed(lambda metadata: metadata.setdefault(key, default)))
 
     def update(self, *others: Any, **values: Any) -> None:
