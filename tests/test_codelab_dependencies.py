@@ -276,6 +276,7 @@ async def test_the_runtime_elsewhere_has_the_calls_of_the_runtime(tmp_path: Path
         with pytest.raises(DurabilityNotReached) as caught:
             async with slow_storage(threads):
                 await runtime.create_session("s3", durability="stored")
+        assert repr(caught.value.outcome) == "<SessionHandle 's3'> elsewhere"
         assert await caught.value.outcome.history() == []
     with pytest.raises(Exception, match="closed"):
         await session.record()

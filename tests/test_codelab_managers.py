@@ -531,15 +531,27 @@ async def test_closing_while_everybody_calls(tmp_path: Path) -> None:
 async def test_closed_from_the_loop_whose_tasks_are_calling(tmp_path: Path) -> None:
     """The thread that closes is the one that its tasks would need to come back: it must not wait for them."""
 
-    async def flush() -> None:
-        await runtime.call_async(lambda it: it.flush())
+    async with anyio.create_task_group() as tasks:
+        with open_managers(database(tmp_path)) as runtime:
+            tasks.start_soon(runtime.call_async, lambda _: anyio.sleep(0.3))
+            await anyio.sleep(0.05)
 
-    with anyio.fail_after(30):
-        async with anyio.create_task_group() as tasks:
-            with open_managers(database(tmp_path)) as runtime:
-                session_manager.create("s1")
-                tasks.start_soon(flush)
-                await anyio.sleep(0.01)
+
+def test_the_loop_stays_for_calls_that_are_under_way() -> None:
+    opening = open_managers("memory:")
+    runtime = opening.__enter__()
+    portal = runtime._loop.enter()
+    closing = threading.Thread(target=opening.__exit__, args=(None, None, None))
+    closing.start()
+    closing.join(0.3)
+    with pytest.raises(RuntimeClosed):
+        portal.call(runtime._runtime.get_session, "s1")
+    assert closing.is_alive()
+    runtime._loop.leave()
+    closing.join(20)
+    assert not closing.is_alive()
+    with pytest.raises(RuntimeClosed):
+        runtime.call(lambda it: it.flush())
 
 
 @pytest.mark.anyio
