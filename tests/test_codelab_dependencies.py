@@ -379,7 +379,7 @@ async def test_a_statement_given_up_is_ended_and_holds_nothing(place: Place) -> 
     async with with_numbers(place) as (runtime, database):
         with anyio.fail_after(20):
             for _ in range(7):  # more often than there are connections
-                with anyio.move_on_after(0.1) as scope:
+                with anyio.move_on_after(0.05) as scope:
                     async with database.connect() as connected:
                         await connected.execute(INSERT, {"number": 7})
                         await connected.scalar(text(slow))

@@ -379,6 +379,31 @@ async def test_merges_of_one_moment_all_count(place: Place) -> None:
         assert (await session.record()).metadata == (await session.context()).metadata == expected
 
 
+async def test_a_context_is_changed_by_what_a_function_makes_of_it(place: Place) -> None:
+    def added(context: dict[str, Any]) -> dict[str, Any]:
+        context["sum"] = context.get("sum", 0) + 1
+        return context
+
+    async with place.open() as runtime:
+        session = await runtime.create_session("s1")
+        async with anyio.create_task_group() as tasks:
+            for number in range(50):
+                tasks.start_soon(session.change_context, added)
+                tasks.start_soon(session.merge_context, {str(number): None})
+        changed = await session.change_context(lambda context: {**context, "null": None, "inner": {"a": 1}})
+        assert changed.metadata == {"sum": 50, "null": None, "inner": {"a": 1}}
+        assert (await session.change_context(lambda context: {"inner": {}})).metadata == {"inner": {}}
+        accepted = runtime.watermarks.accepted
+        with pytest.raises(KeyError):
+            await session.change_context(lambda context: {"x": context["nothing"]})
+        with pytest.raises(InvalidInput) as caught:
+            await session.change_context(lambda context: {"x": float("nan")})
+        assert caught.value.path == "metadata.x"
+        assert runtime.watermarks.accepted == accepted
+    async with place.open() as runtime:
+        assert (await (await runtime.get_session("s1")).context()).metadata == {"inner": {}}
+
+
 async def test_unset_is_not_given(memory: Place) -> None:
     async with memory.open() as runtime:
         session = await runtime.create_session("s1", title="t", description="d", metadata={"m": 1})
@@ -498,6 +523,7 @@ EVERY_CALL: list[Call] = [
     lambda handle: handle.switch_agent("coder"),
     lambda handle: handle.update_context(metadata={}),
     lambda handle: handle.merge_context({}),
+    lambda handle: handle.change_context(lambda context: context),
     lambda handle: handle.put_document("c", "k", 1),
     lambda handle: handle.get_document("c", "k"),
     lambda handle: handle.list_documents("c"),

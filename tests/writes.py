@@ -83,6 +83,11 @@ WRITES = [
         lambda _, session, **options: session.merge_context({"b": 2}, **options),
     ),
     Write(
+        "change_context",
+        lambda _, session, **options: session.change_context(lambda context: {**context, "c": 1}, **options),
+        None,
+    ),
+    Write(
         "put_document",
         lambda _, session, **options: session.put_document("c", "json", {"a": 1}, **options),
         lambda _, session, **options: session.put_document("c", "json", {"a": 2}, **options),

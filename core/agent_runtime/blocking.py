@@ -290,8 +290,9 @@ class BlockingSessionHandle(_Caller):
         change: Callable[[dict[str, Any]], Mapping[str, Any]],
         *,
         durability: Durability | None = None,
+        idempotency_key: str | None = None,
     ) -> AgentContext:
-        return self._call(self._session.change_context, change, durability=durability)
+        return self._call(self._session.change_context, change, durability=durability, idempotency_key=idempotency_key)
 
     def put_document(
         self,

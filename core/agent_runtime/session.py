@@ -3,9 +3,8 @@
 A handle costs nothing to keep, survives eviction, and may be used by any number of tasks at once. When its session is
 deleted (even if another is created under the id), every call raises SessionNotFound.
 
-All writes take `durability` (the level to wait for, default from the configuration) and, but for `change_context`,
-`idempotency_key` (the same key with the same arguments gives the first call's result again, for 24 h; with others
-IdempotencyConflict). They raise:
+All writes take `durability` (the level to wait for, default from the configuration) and `idempotency_key` (the same key
+with the same arguments gives the first call's result again, for 24 h; with others IdempotencyConflict). They raise:
 
 - InvalidInput, SessionNotFound, SessionHeld, IdempotencyConflict, Overloaded, StorageUnavailable (the session had to be
   loaded): nothing was changed.
@@ -441,18 +440,20 @@ class SessionHandle:
         change: Callable[[dict[str, Any]], Mapping[str, Any]],
         *,
         durability: Durability | None = None,
+        idempotency_key: str | None = None,
     ) -> AgentContext:
         """Replace the metadata of the context by what `change` makes of it, as one change: nothing comes in between.
 
         `change` is a plain function that may not block, gets a copy that it may alter, and may be called more than
-        once. What it raises comes out, and nothing is changed.
+        once. What it raises comes out, and nothing is changed. Functions can't be compared: with an idempotency key
+        any of them counts as the same.
         """
 
         def plan(resident: Resident) -> Plan[AgentContext]:
             changed = change(msgspec.json.decode(resident.context.metadata))
             return self._planner.update_context(resident, metadata=_object_text("metadata", changed))
 
-        return await self._write(plan, durability, None)
+        return await self._write(plan, durability, request_for(idempotency_key, "change_context", None, _read_context))
 
     # Documents
 

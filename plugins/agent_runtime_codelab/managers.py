@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from enum import Enum
+from threading import Lock
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -60,19 +61,14 @@ class _AsyncManager(_Manager):
 
     def __init__(self, runtime: BlockingRuntime | None = None) -> None:
         super().__init__(runtime)
+        self._lock = Lock()
         self._initialized = False
 
     @deprecated("use open_managers(), or open_runtime() where no old call is left", category=None)
     async def initialize(self) -> None:
         """See that a runtime is open. Nothing is loaded. Raises what `open_runtime` raises."""
-        if self._given is None and not self._initialized:
-            self._initialized = True
-            try:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(_shared.acquire)
-            except BaseException:
-                self._initialized = False
-                raise
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._begin)
 
     @deprecated("leave the block of open_managers(), or of open_runtime()", category=None)
     async def shutdown(self) -> None:
@@ -81,10 +77,20 @@ class _AsyncManager(_Manager):
         Raises:
             DrainIncomplete: not all of it could be stored; it is in the journal.
         """
-        if self._initialized:
-            self._initialized = False
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(_shared.release)
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._end)
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._given is None and not self._initialized:
+                _shared.acquire()
+                self._initialized = True
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._initialized:
+                self._initialized = False
+                _shared.release()
 
 
 @deprecated("use the runtime that open_runtime_blocking gives", category=None)
