@@ -1,6 +1,6 @@
-"""A FastAPI application of the old service's users. But for its imports, and its first line, it is as it was.
+"""A FastAPI application of the old service's users: but for its imports, and the lifespan it is given, it is as it was.
 
-What it imported is in `OLD_IMPORTS`; a test sees that nothing else of the old service is named.
+Its lower half has moved on to the new calls, as the guide advises: one endpoint at a time, on the same runtime.
 """
 
 from __future__ import annotations

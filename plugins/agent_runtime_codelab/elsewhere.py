@@ -52,7 +52,9 @@ class _StandIn:
             return MethodType(call, self)  # it only asks its object for pages: so it can run here, and ask the stand-in
         if inspect.isfunction(call):
             return self._at_once(getattr(self._target, name))
-        return self._at_once(lambda: getattr(self._target, name))()
+        if isinstance(call, property):
+            return self._at_once(lambda: getattr(self._target, name))()
+        return getattr(self._target, name)
 
     def _awaited(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
