@@ -87,10 +87,10 @@ def probe(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def appended(server: Server) -> int:
+def appended(server: Server, **headers: str) -> int:
     """Append a message; how many there are then."""
-    httpx.put(f"{server.url}/v1/sessions/s1").raise_for_status()
-    reply = httpx.post(f"{server.url}/v1/sessions/s1/messages", json=MESSAGE)
+    httpx.put(f"{server.url}/v1/sessions/s1", headers=headers).raise_for_status()
+    reply = httpx.post(f"{server.url}/v1/sessions/s1/messages", json=MESSAGE, headers=headers)
     assert reply.status_code == 201
     seq: int = reply.json()["seq"]
     return seq
@@ -487,5 +487,6 @@ def test_the_old_variables_start_it(tmp_path: Path) -> None:
         "INTERNAL_API_KEY": "key",
     }
     with serving(environ=variables) as server:
-        assert appended(server) == 1
+        assert httpx.get(f"{server.url}/v1/sessions").status_code == 401
+        assert appended(server, **{"x-internal-auth": "key"}) == 1
     assert os.listdir(tmp_path)  # noqa: PTH208
