@@ -128,6 +128,8 @@ class Book:
         self.standing: dict[str, dict[str, Child]] = defaultdict(dict)
         self.removed: dict[str, set[str]] = defaultdict(set)
         self.document: dict[str, int] = {}
+        self.deleting: set[str] = set()
+        """Sessions that were told to go, by a call that nobody has acknowledged: all of theirs may be there or not."""
 
     def promise(self, call: Call, by: Child) -> None:
         """The call was acknowledged.
@@ -142,6 +144,7 @@ class Book:
             before = self.standing.pop(call.session, {})
             self.removed[call.session] |= {text for text, child in before.items() if child is by}
             self.document.pop(call.session, None)
+            self.deleting.discard(call.session)
 
     async def broken(self, runtime: Runtime) -> list[str]:
         """Every promise that was not kept."""
@@ -154,7 +157,7 @@ class Book:
                 shown[message.content] += 1
             held = sum(entry.session_id == session_id for entry in entries)
             lost = self.standing[session_id].keys() - shown.keys()
-            if lost:
+            if lost and session_id not in self.deleting:
                 broken.append(f"{session_id}: lost {sorted(lost)} ({held} in quarantine)")
             doubled = [text for text, count in shown.items() if count > 1]
             if doubled:
@@ -163,7 +166,7 @@ class Book:
             if back and session_id.startswith("s"):  # else whoever deleted it may not have known of them
                 broken.append(f"{session_id}: came back {sorted(map(str, back))}")
             wanted = self.document.get(session_id)
-            if wanted is not None:
+            if wanted is not None and session_id not in self.deleting:
                 document = await session.get_document("notes", "n")
                 if document is None or document.value < wanted:
                     broken.append(f"{session_id}: document {document and document.value}, promised {wanted}")
@@ -283,6 +286,8 @@ class Takeovers:
             chance = self._random.random()
             what = "append" if chance < 0.7 else "put" if chance < 0.9 else "delete" if chance < 0.94 else "create"
             call = Call(f"k{number}", what, session, str(number) if what == "put" else f"text {number}")
+            if what == "delete":
+                self.book.deleting.add(session)
             while (by := await self._asked(self._holder, call)) is None:
                 self.figures.retried += 1
             self.figures.acknowledged += 1
