@@ -18,7 +18,6 @@ import anyio
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from starlette.testclient import TestClient
 
 from agent_runtime import Config, ConfigError, open_runtime
 from agent_runtime.formats import ImportRequest
@@ -26,6 +25,7 @@ from agent_runtime.transfer import import_sessions
 from agent_runtime_codelab.key import VARIABLES, internal_key
 from agent_runtime_codelab.routes import old_routes
 from agent_runtime_codelab.source import open_source
+from agent_runtime_http import lifespan
 from http_rig import App, Reply, opened, runtime_of, serving
 from old_database import sample, sample_given
 
@@ -340,7 +340,7 @@ def test_what_the_guide_says_of_each_call_runs(tmp_path: Path, anyio_backend: st
     anyio.run(run, backend=anyio_backend)
 
 
-def test_the_endpoint_of_the_guide_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_endpoint_of_the_guide_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     [block] = guide("app")
     names: dict[str, Any] = {
@@ -352,9 +352,10 @@ def test_the_endpoint_of_the_guide_answers(tmp_path: Path, monkeypatch: pytest.M
         "open_runtime": open_runtime,
     }
     exec(compile(block, "app", "exec", dont_inherit=True), names)
-    with TestClient(names["app"]) as client:
+    app = names["app"]
+    async with lifespan(app), httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as client:
         for number in (1, 2):
-            answer = client.post("/say/s1", params={"text": "hello"})
+            answer = await client.post("/say/s1", params={"text": "hello"})
             assert answer.json() == {"history": [{"role": "user", "content": "hello"}] * number}
 
 
