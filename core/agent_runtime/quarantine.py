@@ -166,7 +166,7 @@ class Quarantine:
             InvalidInput: only changes are that came when the session had been deleted.
             Quarantined: the database refuses a change again.
         """
-        if self._scheduler.orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
+        if self._has_only_orphans(session_id):
             raise InvalidInput("session", f"{session_id!r} was deleted before these changes came: they can be dropped")
         resident = await self._held(session_id)
         changes = self._resequence(resident.sequence, resident.held)
@@ -184,7 +184,7 @@ class Quarantine:
             SessionNotFound: nothing of this session is in quarantine.
             Quarantined: the database refuses another one.
         """
-        if self._scheduler.orphans[session_id] and all(each.session_id != session_id for each in self._residents.held):
+        if self._has_only_orphans(session_id):
             await self._drop_orphans(session_id)
             return 0
         resident = await self._held(session_id)
@@ -214,6 +214,14 @@ class Quarantine:
         await self._log.wait_stored(changes[-1].sequence, first=changes[0].sequence)
         return left
 
+    def _find(self, session_id: str) -> Resident | None:
+        """The held session with this id."""
+        return next((each for each in self._residents.held if each.session_id == session_id), None)
+
+    def _has_only_orphans(self, session_id: str) -> bool:
+        """Whether what is in quarantine under this id came when its session had been deleted."""
+        return self._scheduler.orphans[session_id] > 0 and self._find(session_id) is None
+
     async def _drop_orphans(self, session_id: str) -> None:
         self._door.check_open()
         await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
@@ -234,7 +242,7 @@ class Quarantine:
     async def _held(self, session_id: str) -> Resident:
         """A held session, all of whose changes are in quarantine by now."""
         self._door.check_open()
-        resident = next((each for each in self._residents.held if each.session_id == session_id), None)
+        resident = self._find(session_id)
         if resident is None:
             raise SessionNotFound(session_id)
         await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
