@@ -33,16 +33,17 @@ from anyio.lowlevel import checkpoint
 from msgspec.structs import replace
 
 from .budget import CHANGE_BYTES, Budget
-from .changes import Change, Late, decode_change, encode_change
+from .changes import Change, Late, encode_change
 from .directories import Overtaken
 from .door import CREATION_SCOPE, Door, Plan
-from .errors import JournalCorrupt, JournalError, Overloaded, Quarantined, StorageUnavailable
+from .errors import JournalError, Overloaded, Quarantined, StorageUnavailable
 from .journal import Frame
 from .journal.headers import number_of, segment_name
 from .late_changes import Found, Story, reborn, rebuilt
 from .log import Log
 from .reads import Reads
 from .records import Session
+from .recovery import change_in
 from .residents import Resident
 from .rows import OutcomeRow
 from .scheduler import Pending, Scheduler
@@ -161,13 +162,7 @@ class LateReplay:
             if not isinstance(item, Frame):
                 logger.error("change(s) %d to %d of the journal %s are lost by damage", *item, self._directory.place)
                 continue
-            try:
-                change = decode_change(item.payload)
-            except msgspec.MsgspecError as error:
-                raise JournalCorrupt(
-                    f"change {item.sequence} of the journal {self._directory.place} is whole, but can't be read: it "
-                    "was written by another version of agent-runtime, which is to open it"
-                ) from error
+            change = change_in(item, self._directory)
             if change.resolves is None and not change.void:
                 yield change
 

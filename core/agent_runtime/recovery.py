@@ -30,7 +30,7 @@ from .residents import Residents
 from .scheduler import Observers, Pending, Scheduler, SchedulerOptions
 from .storage import Storage
 
-__all__ = ["recover"]
+__all__ = ["change_in", "recover"]
 
 logger: Final = logging.getLogger("agent_runtime.journal")
 
@@ -61,6 +61,26 @@ class _Gaps:
     def count(self) -> int:
         """How many sequences they are."""
         return sum(self._lasts) - sum(self._firsts) + len(self._firsts)
+
+
+def change_in(frame: Frame, directory: Directory) -> Change:
+    """The change that a frame of a journal holds.
+
+    Raises:
+        JournalCorrupt: the frame is whole, but holds no change that this version can read, or not the one it says.
+    """
+    try:
+        change = decode_change(frame.payload)
+    except msgspec.MsgspecError as error:
+        raise JournalCorrupt(
+            f"change {frame.sequence} of the journal {directory.place} is whole, but can't be read: it was written by "
+            "another version of agent-runtime, which is to open it"
+        ) from error
+    if change.sequence != frame.sequence:
+        raise JournalCorrupt(
+            f"the frame {frame.sequence} of the journal {directory.place} holds change {change.sequence}"
+        )
+    return change
 
 
 async def recover(
@@ -171,17 +191,7 @@ class _Recovery:
                 after = rows[-1].sequence
 
     async def _replay(self, frame: Frame) -> None:
-        try:
-            change = decode_change(frame.payload)
-        except msgspec.MsgspecError as error:
-            raise JournalCorrupt(
-                f"change {frame.sequence} of the journal {self._directory.place} is whole, but can't be read: it was "
-                "written by another version of agent-runtime, which is to open it"
-            ) from error
-        if change.sequence != frame.sequence:
-            raise JournalCorrupt(
-                f"the frame {frame.sequence} of the journal {self._directory.place} holds change {change.sequence}"
-            )
+        change = change_in(frame, self._directory)
         if change.resolves is not None:  # it was put back when everything before it was stored
             await self._log.wait_stored(self._log.accepted, first=self._log.accepted + 1)
             self._scheduler.let_go(change.incarnation)
