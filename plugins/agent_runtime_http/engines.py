@@ -7,16 +7,18 @@ lifespan: the runtime is opened and drained around the server, so that no way of
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, cast
 
 import anyio
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
     from hypercorn.typing import Framework
@@ -28,6 +30,7 @@ GRACE_S: Final = 10
 """Seconds that requests under way have to end after a stop was asked for."""
 
 _BACKLOG: Final = 2048
+_GATHERED_BYTES_MAX: Final = 16 * 1024
 
 
 class Engine(Protocol):
@@ -55,6 +58,49 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Gathering:
+    """A transport that sends at once what is written to it in one turn of the loop.
+
+    uvicorn writes the head and the body of an answer one by one, and uvloop sends each as it comes: two system calls
+    and two packets, the first of which wakes a client that can do nothing with it. With 32 connections that took a
+    quarter of the server's time for an append, and half of the client's.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send these bytes, with those before them, at the end of this turn; or now if they are many."""
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > _GATHERED_BYTES_MAX:  # a stream may not come to the end of its turn until told to pause
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._parts:
+            parts, self._parts, self._size = self._parts, [], 0
+            if not self._transport.is_closing():  # else the client has gone since
+                self._transport.writelines(parts)
+
+    def close(self) -> None:
+        """Close the connection once all is sent."""
+        self._flush()
+        self._transport.close()
+
+
+class _HttpProtocol(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(cast("asyncio.Transport", _Gathering(transport)))
+
+
 class Uvicorn:
     """uvicorn, with httptools."""
 
@@ -62,7 +108,7 @@ class Uvicorn:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_HttpProtocol,
                 lifespan="off",
                 log_config=None,
                 access_log=False,
