@@ -67,9 +67,27 @@ async def deaf(request):
     return StreamingResponse(parts())
 
 
+sent = 0
+
+
+async def hasty(request):
+    async def parts():
+        global sent
+        for _ in range(32 << 10):
+            yield bytes(1 << 10)
+            sent += 1 << 10
+
+    return StreamingResponse(parts())
+
+
+async def hasty_sent(request):
+    return JSONResponse(sent)
+
+
 @hookimpl
 def agent_runtime_http_routes():
-    return [Route("/holds", holds), Route("/stream", stream), Route("/deaf", deaf)]
+    paths = {"/holds": holds, "/stream": stream, "/deaf": deaf, "/hasty": hasty, "/hasty/sent": hasty_sent}
+    return [Route(path, endpoint) for path, endpoint in paths.items()]
 '''
 
 
@@ -80,7 +98,7 @@ def storage(tmp_path: Path) -> str:
 
 @pytest.fixture
 def probe(tmp_path: Path) -> dict[str, str]:
-    """The environment of a server with the plugin that answers `/holds`, `/stream` and `/deaf`."""
+    """The environment of a server with the plugin that answers `/holds` and the streams."""
     return {
         "PYTHONPATH": install(tmp_path / "probe", "probe", PROBE),
         "AGENT_RUNTIME__WRITE_BEHIND__INTERVAL_S": LONG_S,
@@ -441,6 +459,29 @@ def test_a_slow_sender_is_waited_for_and_a_slow_reader_keeps_nobody(
                 assert sender.recv(100).startswith(b"HTTP/1.1 201")
             assert appended(server) == 8
             assert reader.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_is_one_packet(storage: str) -> None:
+    """Else its reader is woken twice, the first time for nothing."""
+    with serving("--storage", storage) as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        for _ in range(200):
+            client.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+            assert b"content-length: %d" % len(body) in head
+            assert body
+
+
+def test_a_stream_that_never_waits_is_held_back_by_its_reader(storage: str, probe: dict[str, str]) -> None:
+    size = 32 << 20
+    with serving("--storage", storage, environ=probe) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as reader:
+            reader.sendall(b"GET /hasty HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            assert appended(server) == 1
+            assert httpx.get(f"{server.url}/hasty/sent").json() < size // 2  # what sockets take, and no more
+            received = 0
+            while part := reader.recv(1 << 20):
+                received += len(part)
+        assert received > size
 
 
 @pytest.mark.parametrize("loop", LOOPS)

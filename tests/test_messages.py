@@ -76,6 +76,19 @@ async def test_a_message_comes_back_as_it_was_appended(place: Place) -> None:
     assert [message.content for message in (fifth, sixth, seventh)] == ["", None, []]
 
 
+async def test_a_message_is_told_as_the_json_that_is_kept(memory: Place) -> None:
+    async with memory.open() as runtime:
+        session = await runtime.create_session("s1")
+        for number, chat in enumerate(
+            ({"role": "user", "content": "é\n"}, {"role": "tool", "name": "f", "x": [1.5]}), 1
+        ):
+            text = await session.append_json(chat)
+            message = await session.message(number)
+            assert message is not None
+            assert message.to_chat() == {"content": None, **chat}
+            assert text == msgspec.json.encode(message)
+
+
 async def test_many_messages_are_one_change_and_keep_what_they_have(place: Place) -> None:
     at = datetime(2024, 5, 1, 12, 0, 0, 250, tzinfo=timezone(timedelta(hours=2)))
     given: list[Any] = [

@@ -502,6 +502,7 @@ async def test_documents_are_json_or_bytes_by_key(place: Place) -> None:
 EVERY_CALL: list[Call] = [
     lambda handle: handle.append("user", "too late"),
     lambda handle: handle.append_message({"role": "user"}),
+    lambda handle: handle.append_json({"role": "user"}),
     lambda handle: handle.append_many([{"role": "user"}]),
     lambda handle: handle.append_tool_result("c", "f", 1),
     lambda handle: handle.pop(),

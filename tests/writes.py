@@ -47,6 +47,11 @@ WRITES = [
         lambda _, session, **options: session.append_message({"role": "user", "refusal": "yes"}, **options),
     ),
     Write(
+        "append_json",
+        lambda _, session, **options: session.append_json({"role": "user", "content": "é", "x": 1}, **options),
+        lambda _, session, **options: session.append_json({"role": "user", "content": "é"}, **options),
+    ),
+    Write(
         "append_many",
         lambda _, session, **options: session.append_many([{"role": "user"}, {"role": "user", "x": [1]}], **options),
         lambda _, session, **options: session.append_many([{"role": "user"}], **options),

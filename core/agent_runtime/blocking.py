@@ -188,6 +188,15 @@ class BlockingSessionHandle(_Caller):
     ) -> Message:
         return self._call(self._session.append_message, message, durability=durability, idempotency_key=idempotency_key)
 
+    def append_json(
+        self,
+        message: NewMessage | Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> bytes:
+        return self._call(self._session.append_json, message, durability=durability, idempotency_key=idempotency_key)
+
     def append_many(
         self,
         messages: Sequence[NewMessage | Mapping[str, Any]],

@@ -285,7 +285,7 @@ class Door:
         takes no other's place in memory. `held`: also a session that is held takes it, and it queues behind what is in
         quarantine.
         """
-        level = self.level(durability)
+        level = self.durability if durability is None else self.level(durability)
         self._turn -= 1
         if self._turn <= 0:
             self._turn = _TURN
@@ -346,7 +346,8 @@ class Door:
         finally:
             if reserved:
                 self._budget.release(reserved)
-        await self._wait(change.sequence, level, plan.result)
+        if level in _WAITED:
+            await self._wait(change.sequence, level, plan.result)
         return plan.result
 
     def _commit(self, change: Change, current: Resident | None, size: int) -> None:

@@ -17,7 +17,9 @@ from typing import Final
 __all__ = ["Identifiers", "utc_now"]
 
 _COUNTER_BITS: Final = 42
-_COUNTER_END: Final = 1 << _COUNTER_BITS
+_LOW_BITS: Final = 16  # of the counter, in the last group of digits
+_LOW_MAX: Final = (1 << _LOW_BITS) - 1
+_HIGH_MAX: Final = (1 << (_COUNTER_BITS - _LOW_BITS)) - 1
 _TAIL_BITS: Final = 32
 
 
@@ -32,7 +34,7 @@ class Identifiers:
     once, nor on both sides of a fork.
     """
 
-    __slots__ = ("_counter", "_getrandbits", "_ms", "_now_ms", "_prefix")
+    __slots__ = ("_getrandbits", "_high", "_low", "_ms", "_now_ms", "_prefix")
 
     def __init__(self, now_ms: Callable[[], int], getrandbits: Callable[[int], int]) -> None:
         self._now_ms = now_ms
@@ -41,25 +43,27 @@ class Identifiers:
 
     def _start(self, ms: int) -> None:
         self._ms = ms
-        self._prefix = f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7"
-        self._counter = self._getrandbits(_COUNTER_BITS - 1)
+        self._count(self._getrandbits(_COUNTER_BITS - 1))
+
+    def _count(self, counter: int) -> None:
+        """Go on with this count: all of the identifier but its last group is made here, once for up to 65,536."""
+        ms = self._ms
+        self._high, self._low = counter >> _LOW_BITS, counter & _LOW_MAX
+        variant = 0x8000 | self._high & 0x3FFF
+        self._prefix = f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{self._high >> 14:03x}-{variant:04x}-"
 
     def new(self) -> str:
         """The next identifier: 36 characters, lower case."""
         now_ms = self._now_ms()
         if now_ms > self._ms:
             self._start(now_ms)
+        elif self._low < _LOW_MAX:
+            self._low += 1
+        elif self._high < _HIGH_MAX:
+            self._count((self._high + 1) << _LOW_BITS)
         else:
-            self._counter += 1
-            if self._counter == _COUNTER_END:
-                self._start(self._ms + 1)
-        counter = self._counter
-        return "%s%03x-%04x-%012x" % (  # noqa: UP031 - a fifth faster than an f-string, and this is the hot path
-            self._prefix,
-            counter >> 30,
-            0x8000 | (counter >> 16 & 0x3FFF),
-            (counter & 0xFFFF) << 32 | self._getrandbits(_TAIL_BITS),
-        )
+            self._start(self._ms + 1)
+        return self._prefix + "%012x" % (self._low << _TAIL_BITS | self._getrandbits(_TAIL_BITS))
 
 
 def utc_now() -> datetime:

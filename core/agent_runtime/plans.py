@@ -85,44 +85,59 @@ class Planner:
             **(fields | parts),
         )
 
-    def _messages(
-        self, new: Sequence[NewMessage], next_seq: int, now: datetime
-    ) -> tuple[list[Message], tuple[Raw, ...]]:
-        identifiers = self._identifiers
-        messages = [
-            Message(
-                seq=seq,
-                id=each.id or identifiers.new(),
-                role=each.role,
-                content=each.content,
-                name=each.name,
-                tool_calls=each.tool_calls,
-                tool_call_id=each.tool_call_id,
-                token_count=each.token_count,
-                metadata=each.metadata,
-                extra=each.extra,
-                created_at=each.created_at or now,
-            )
-            for seq, each in enumerate(new, next_seq)
-        ]
-        encoded = [encode_to_keep(message) for message in messages]
-        for index, data in enumerate(encoded):
-            if len(data) > MESSAGE_BYTES_MAX:
-                where = "message" if len(encoded) == 1 else f"messages[{index}]"
-                raise InvalidInput(where, f"takes {len(data)} bytes as JSON, the most is {MESSAGE_BYTES_MAX}")
-        return messages, tuple(map(Raw, encoded))
+    def _message(self, new: NewMessage, seq: int, now: datetime, where: str = "message") -> tuple[Message, Raw]:
+        message = Message(
+            seq=seq,
+            id=new.id or self._identifiers.new(),
+            role=new.role,
+            content=new.content,
+            name=new.name,
+            tool_calls=new.tool_calls,
+            tool_call_id=new.tool_call_id,
+            token_count=new.token_count,
+            metadata=new.metadata,
+            extra=new.extra,
+            created_at=new.created_at or now,
+        )
+        encoded = encode_to_keep(message)
+        if len(encoded) > MESSAGE_BYTES_MAX:
+            raise InvalidInput(where, f"takes {len(encoded)} bytes as JSON, the most is {MESSAGE_BYTES_MAX}")
+        return message, Raw(encoded)
+
+    def _messages(self, new: Sequence[NewMessage], now: datetime, first_seq: int) -> list[tuple[Message, Raw]]:
+        if len(new) == 1:
+            return [self._message(new[0], first_seq, now)]
+        return [self._message(each, first_seq + index, now, f"messages[{index}]") for index, each in enumerate(new)]
 
     def append(self, resident: Resident, new: Sequence[NewMessage]) -> Plan[list[Message]]:
         """Messages at the end; the first text of a user names a session that has no title."""
         now = self._now()
-        messages, encoded = self._messages(new, resident.next_seq, now)
+        made = self._messages(new, now, resident.next_seq)
+        change = self._appended(resident, new, tuple([encoded for _, encoded in made]), now)
+        return Plan(change, [message for message, _ in made])
+
+    def append_one(self, resident: Resident, new: NewMessage) -> Plan[Message]:
+        """As `append`, one message."""
+        now = self._now()
+        message, encoded = self._message(new, resident.next_seq, now)
+        return Plan(self._appended(resident, (new,), (encoded,), now), message)
+
+    def append_json(self, resident: Resident, new: NewMessage) -> Plan[Raw]:
+        """As `append`, one message; the result is its JSON text."""
+        now = self._now()
+        _, encoded = self._message(new, resident.next_seq, now)
+        return Plan(self._appended(resident, (new,), (encoded,), now), encoded)
+
+    def _appended(
+        self, resident: Resident, new: Sequence[NewMessage], encoded: tuple[Raw, ...], now: datetime
+    ) -> Change:
         details = None
         if resident.title is None:
             title = _title(new)
             if title is not None:
                 details = resident.details(title=title)
-        count = len(messages)
-        change = Change(
+        count = len(encoded)
+        return Change(
             sequence=self._sequence(),
             previous=resident.sequence,
             session_id=resident.session_id,
@@ -133,7 +148,6 @@ class Planner:
             details=details,
             messages=encoded,
         )
-        return Plan(change, messages)
 
     def create(self, new: NewSession, current: Resident | None, *, exist_ok: bool) -> Plan[Session]:
         """A session that is not there yet; the result is its record, or that of the one that is there."""
@@ -144,7 +158,7 @@ class Planner:
         now = self._now()
         created_at = new.created_at or now
         incarnation = self._identifiers.new()
-        _, encoded = self._messages(new.messages, 1, now)
+        encoded = tuple([encoded for _, encoded in self._messages(new.messages, now, 1)])
         title = new.title if new.title is not None else _title(new.messages)
         change = Change(
             sequence=self._sequence(),
@@ -182,7 +196,7 @@ class Planner:
 
     def encode(self, new: NewMessage, seq: int) -> Raw:
         """A message as a change holds it, under a seq of the caller's choice."""
-        return self._messages((new,), seq, self._now())[1][0]
+        return self._message(new, seq, self._now())[1]
 
     def restore(
         self, current: Resident | None, archive: Archive, messages: Sequence[Raw], next_seq: int

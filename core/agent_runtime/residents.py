@@ -270,12 +270,15 @@ class Resident:
     def _extend_tail(self, change: Change, *, known: bool) -> None:
         """`known`: there is one message, under the seq that was next."""
         messages = change.messages
-        self.tail.extend(messages)
         if known:
+            self.tail.append(messages[0])
             self.tail_seqs.append(change.next_seq - 1)
+            size = message_bytes(messages[0])
         else:
+            self.tail.extend(messages)
             self.tail_seqs.extend(map(_seq, messages))
-        self._count_tail(sum([message_bytes(raw) for raw in messages]))
+            size = sum([message_bytes(raw) for raw in messages])
+        self._count_tail(size)
 
     def _remove(self, seq: int) -> None:
         index = bisect_left(self.tail_seqs, seq)

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
-from typing import Final, NamedTuple, Protocol, cast
+from typing import Final, Protocol, cast
 
 import anyio
 import msgspec
@@ -70,7 +70,7 @@ class Observers(Protocol):
         """A change goes to quarantine."""
 
 
-class Pending(NamedTuple):
+class Pending(msgspec.Struct, frozen=True, gc=False):
     """An unstored change; `size` is what it takes of the budget, in bytes. A void or replayed one has no resident.
 
     `broken` says why it can't be applied although the database would take it: it goes to quarantine without a try.
@@ -370,12 +370,13 @@ class Scheduler:
         residents: dict[int, Resident] = {}
         size = 0
         while waiting and waiting[0].change.sequence <= sequence:
-            change, resident, taken, _ = waiting.popleft()
+            pending = waiting.popleft()
+            resident, taken = pending.resident, pending.size
             self._pending_bytes -= taken
             if resident is not None:
                 residents[id(resident)] = resident
-            if resident is not None and change.incarnation in self._held:
-                self._residents.hold(resident, change, taken)
+            if resident is not None and pending.change.incarnation in self._held:
+                self._residents.hold(resident, pending.change, taken)
             else:
                 size += taken
         self._oldest_at = self._taken_at

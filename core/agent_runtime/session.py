@@ -14,14 +14,14 @@ with the same arguments gives the first call's result again, for 24 h; with othe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from time import perf_counter
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from .approvals import APPROVALS, Approval, Approvals, ApprovalStatus, Deciding, Decision, check_decision, check_status
 from .door import Door, Plan, Request
@@ -101,7 +101,9 @@ def _json(kind: type[T]) -> Callable[[str], T]:
     return msgspec.json.Decoder(kind).decode
 
 
+_read_message: Final = _json(Message)
 _read_messages: Final = _json(list[Message])
+_read_text: Final = _json(Raw)
 _read_popped: Final[Callable[[str], Message | None]] = msgspec.json.Decoder(Message | None).decode
 _read_session: Final = _json(Session)
 _read_context: Final = _json(AgentContext)
@@ -231,7 +233,9 @@ class SessionHandle:
             token_count=token_count,
             metadata=metadata,
         )
-        return await self._append_one(new, "append", durability, idempotency_key)
+        return await self._append_one(
+            new, "append", self._planner.append_one, _read_message, durability, idempotency_key
+        )
 
     async def append_message(
         self,
@@ -241,7 +245,28 @@ class SessionHandle:
         idempotency_key: str | None = None,
     ) -> Message:
         """Append one message as `append_many` takes them: a dict in chat format keeps the keys that are not ours."""
-        return await self._append_one(parse_message("", message), "append_message", durability, idempotency_key)
+        new = parse_message("", message)
+        return await self._append_one(
+            new, "append_message", self._planner.append_one, _read_message, durability, idempotency_key
+        )
+
+    async def append_json(
+        self,
+        message: NewMessage | Mapping[str, Any],
+        *,
+        durability: Durability | None = None,
+        idempotency_key: str | None = None,
+    ) -> bytes:
+        """As `append_message`, but the message is returned as it is kept: as JSON text, in UTF-8."""
+        new = parse_message("", message)
+        try:
+            text = await self._append_one(
+                new, "append_json", self._planner.append_json, _read_text, durability, idempotency_key
+            )
+            return bytes(text)
+        except DurabilityNotReached as error:
+            error.outcome = bytes(error.outcome)
+            raise
 
     async def append_many(
         self,
@@ -256,7 +281,14 @@ class SessionHandle:
         if not messages:
             raise InvalidInput("messages", "must hold at least one message")
         new = [parse_message(f"messages[{index}]", each) for index, each in enumerate(messages)]
-        return await self._append("messages", new, "append_many", durability, idempotency_key)
+        request = None
+        if idempotency_key is not None:
+            _check_messages(new)
+            request = request_for(idempotency_key, "append_many", new, _read_messages)
+        if self._hooks.appending:
+            new = [self._seen(f"messages[{index}]", each) for index, each in enumerate(new)]
+        _check_messages(new)
+        return await self._append(partial(self._planner.append, new=new), len(new), durability, request)
 
     async def append_tool_result(
         self,
@@ -274,40 +306,43 @@ class SessionHandle:
             check_json("result", result)
             result = msgspec.json.encode(result).decode()
         new = NewMessage(role="tool", content=result, name=tool_name, tool_call_id=call_id)
-        return await self._append_one(new, "append_tool_result", durability, idempotency_key)
+        return await self._append_one(
+            new, "append_tool_result", self._planner.append_one, _read_message, durability, idempotency_key
+        )
 
-    async def _append_one(
-        self, new: NewMessage, route: str, durability: Durability | None, idempotency_key: str | None
-    ) -> Message:
-        try:
-            return (await self._append("", (new,), route, durability, idempotency_key))[0]
-        except DurabilityNotReached as error:
-            error.outcome = error.outcome[0]
-            raise
+    def _append_one(
+        self,
+        new: NewMessage,
+        route: str,
+        plan: Callable[[Resident, NewMessage], Plan[T]],
+        read_outcome: Callable[[str], T],
+        durability: Durability | None,
+        idempotency_key: str | None,
+    ) -> Awaitable[T]:
+        request = None
+        if idempotency_key is not None:
+            check_message("", new)
+            request = request_for(idempotency_key, route, [new], read_outcome)
+        if self._hooks.appending:
+            new = self._seen("", new)
+        check_message("", new)
+        return self._append(lambda resident: plan(resident, new), 1, durability, request)
 
     async def _append(
         self,
-        path: str,
-        new: Sequence[NewMessage],
-        route: str,
+        plan: Callable[[Resident], Plan[T]],
+        count: int,
         durability: Durability | None,
-        idempotency_key: str | None,
-    ) -> list[Message]:
-        request = None
-        if idempotency_key is not None:
-            self._check_messages(path, new)
-            request = request_for(idempotency_key, route, list(new), _read_messages)
-        if self._hooks.appending:
-            new = [self._seen(f"{path}[{index}]" if path else "", each) for index, each in enumerate(new)]
-        self._check_messages(path, new)
+        request: Request[T] | None,
+    ) -> T:
         started = perf_counter()
-        messages = await self._write(partial(self._planner.append, new=new), durability, request)
+        result = await self._write(plan, durability, request)
         duration_s = perf_counter() - started
         level = durability or self._door.durability
         self._door.appends[level].observe(duration_s)
         if self._hooks.watching:
-            self._hooks.appended(self.session_id, len(new), level, duration_s)
-        return messages
+            self._hooks.appended(self.session_id, count, level, duration_s)
+        return result
 
     def _seen(self, path: str, message: NewMessage) -> NewMessage:
         """The message as the plugins leave it."""
@@ -315,14 +350,6 @@ class SessionHandle:
             return self._hooks.before_append(self.session_id, message)
         except InvalidInput as error:
             raise error.below(path) from None
-
-    @staticmethod
-    def _check_messages(path: str, new: Sequence[NewMessage]) -> None:
-        if not path:
-            check_message("", new[0])
-            return
-        for index, each in enumerate(new):
-            check_message(f"{path}[{index}]", each)
 
     async def pop(self, *, durability: Durability | None = None, idempotency_key: str | None = None) -> Message | None:
         """Remove the newest message and return it; None when there is none. Its seq is not used again."""
@@ -616,17 +643,22 @@ class SessionHandle:
     def _approvals(self) -> Approvals:
         return Approvals(self.session_id, self.incarnation, self._door, self._planner, self._reads)
 
-    async def _write(
+    def _write(
         self, plan: Callable[[Resident], Plan[T]], durability: Durability | None, request: Request[T] | None
-    ) -> T:
+    ) -> Awaitable[T]:
         session_id, incarnation = self.session_id, self.incarnation
-        return await self._door.write(
+        return self._door.write(
             session_id,
             incarnation,
             lambda current: plan(only(current, session_id, incarnation)),
             durability=durability,
             request=request,
         )
+
+
+def _check_messages(new: Sequence[NewMessage]) -> None:
+    for index, each in enumerate(new):
+        check_message(f"messages[{index}]", each)
 
 
 def _check_writable(collection: str) -> None:

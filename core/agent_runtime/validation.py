@@ -58,6 +58,7 @@ _find_control: Final = re.compile(f"[{_CONTROLS}]").search
 _ROLES: Final = frozenset(ROLES)
 _FIELDS: Final = frozenset(NewMessage.__struct_fields__)
 _RESERVED: Final = _FIELDS | {"seq"}
+_CHAT_FIELDS: Final = _FIELDS - {"extra"}
 _INT_END: Final = 10**JSON_INT_DIGITS_MAX
 _MISSING: Final = object()
 _KEY_SHOWN_CHARS_MAX: Final = 40
@@ -230,9 +231,53 @@ def check_json(path: str, value: object) -> None:
     say. A cycle is refused as too deep.
     """
     if isinstance(value, (dict, list)):
-        _walk(path, value, 1)
+        _check_container(path, value)
     else:
         _check_scalar(path, value)
+
+
+def _is_plain(container: Any, depth: int) -> bool:
+    """Whether a dict or list is plain JSON, the quick answer for nearly all of it: where it is False, `_walk` tells."""
+    if depth > JSON_DEPTH_MAX:
+        return False
+    values = container
+    if type(container) is dict:
+        for key in container:
+            if type(key) is not str or not key.isascii() or "\0" in key:
+                return False
+        values = container.values()
+    elif type(container) is not list:
+        return False
+    for value in values:
+        kind = type(value)
+        if kind is str:
+            if "\0" in value or not (value.isascii() or _can_be_encoded(value)):
+                return False
+        elif kind is dict or kind is list:
+            if not _is_plain(value, depth + 1):
+                return False
+        elif kind is int:
+            if not -_INT_END < value < _INT_END:
+                return False
+        elif kind is float:
+            if not math.isfinite(value):
+                return False
+        elif kind is not bool and value is not None:
+            return False
+    return True
+
+
+def _can_be_encoded(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_container(trail: _Trail, container: dict[Any, Any] | list[Any]) -> None:
+    if not _is_plain(container, 1):
+        _walk(trail, container, 1)
 
 
 def _walk(trail: _Trail, container: dict[Any, Any] | list[Any], depth: int) -> None:
@@ -293,7 +338,7 @@ def json_object(path: str, value: object) -> dict[str, Any]:
 def _check_object(path: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         _refuse(path, f"must be a dict, not {_kind(value)}")
-    _walk(path, value, 1)
+    _check_container(path, value)
     return value
 
 
@@ -308,7 +353,7 @@ def parse_message(path: str, value: Mapping[str, Any] | NewMessage) -> NewMessag
     """
     if isinstance(value, NewMessage):
         message = value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, (dict, Mapping)):  # dict first: an abstract class takes longer to ask
         message = _from_chat(path, value)
     else:
         _refuse(path or "message", f"must be a dict in chat format or a NewMessage, not {_kind(value)}")
@@ -321,6 +366,8 @@ def parse_message(path: str, value: Mapping[str, Any] | NewMessage) -> NewMessag
 
 
 def _from_chat(path: str, chat: Mapping[Any, Any]) -> NewMessage:
+    if type(chat) is dict and _CHAT_FIELDS.issuperset(chat) and chat.get("role") is not None:
+        return NewMessage(**chat)
     fields: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     for key, value in chat.items():
@@ -362,8 +409,11 @@ def check_message(path: str, message: NewMessage) -> None:
 
     `created_at` must be a plain datetime in UTC, as `parse_message` makes it: what passes is stored as it is.
     """
+    content = message.content
     if (
-        _is_clean(message.content)
+        type(content) is str
+        and content.isascii()
+        and "\0" not in content
         and _is_role(message.role)
         and message.name is None
         and message.tool_calls is None
@@ -406,7 +456,7 @@ def _check_fields(path: str, message: NewMessage) -> None:
 
 def _check_content(path: str, content: object) -> None:
     if isinstance(content, list):
-        _walk(path, content, 1)
+        _check_container(path, content)
         for index, part in enumerate(content):
             if not isinstance(part, dict):
                 _refuse((path, index), f"must be a content part, which is a dict, not {_kind(part)}")
@@ -427,7 +477,7 @@ def _check_tool_calls(path: str, tool_calls: object) -> None:
             _refuse(((path, index), "id"), "is missing; results are matched to calls by it")
         if not (_is_clean(call_id) and 0 < len(call_id) <= ID_CHARS_MAX):
             check_label(f"{path}[{index}].id", call_id)
-    _walk(path, tool_calls, 1)
+    _check_container(path, tool_calls)
 
 
 # --- idempotency ------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ async def update_context(call: Call) -> Answer:
 
     The body is a merge patch (RFC 7396): what is absent stays, null removes. The answer has no `agent_history`.
     """
-    given = await call.members()
+    given = call.members()
     session = await call.session()
     try:
         metadata = given.get("metadata", {})
@@ -66,7 +66,7 @@ async def switch_agent(call: Call) -> Answer:
 
     To the agent that has it already: nothing is recorded. The answer has no `agent_history`.
     """
-    given = await call.members()
+    given = call.members()
     session = await call.session()
     try:
         return json_answer(_shown(await session.switch_agent(**given, **call.options)))

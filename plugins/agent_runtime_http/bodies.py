@@ -7,11 +7,11 @@ is not JSON is told apart from JSON that holds what can't be stored (NaN, lone s
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import msgspec
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
 from .answers import Disconnected
 from .problems import Fault, Refusal
@@ -25,19 +25,16 @@ _PLAIN: Final = b"application/json"
 _decode: Final = msgspec.json.Decoder().decode
 
 
-async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> tuple[bytes, bytes | None]:
-    """The whole body, and what it says it is: its Content-Type.
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+    """The whole body.
 
     Raises:
         Refusal: it has more than `bytes_max` bytes.
         Disconnected: the client went before its end.
     """
-    content_type = None
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            content_type = value
-        elif name == b"content-length" and value.isdigit() and (len(value) > 15 or int(value) > bytes_max):
-            raise _too_large(bytes_max)
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and (len(length) > 15 or int(length) > bytes_max):
+        raise _too_large(bytes_max)
     message = await receive()
     body: bytes | bytearray = message.get("body", b"")
     if message.get("more_body"):
@@ -49,7 +46,7 @@ async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> tuple[byt
         raise Disconnected
     if len(body) > bytes_max:
         raise _too_large(bytes_max)
-    return bytes(body), content_type
+    return bytes(body)
 
 
 def _too_large(bytes_max: int) -> Refusal:

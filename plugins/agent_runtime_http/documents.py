@@ -55,15 +55,15 @@ async def put_document(call: Call) -> Answer:
     or what it may be, it is bytes, and comes back under that type. The answer is what is known of the document, but its
     value.
     """
-    body, content_type = await call.body()
+    content_type = call.content_type
     given = "" if content_type is None else content_type.decode("latin-1")
     if not _is_media_type(given):
         raise Refusal("unsupported-media-type", "say what it is with Content-Type: application/json, image/png, …")
-    value: Any = body
+    value: Any = call.body
     media_type: str | None = given
     if given.partition(";")[0].strip().lower() == "application/json":
         check_json_type(content_type, JSON)
-        value, media_type = decode_json(body), None
+        value, media_type = decode_json(call.body), None
     session = await call.session()
     collection, key = call.path["collection"], call.path["key"]
     try:

@@ -23,7 +23,6 @@ __all__ = ["Guard", "is_local"]
 
 _SAFE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN: Final = frozenset({b"same-origin", b"none"})
-_WATCHED: Final = frozenset({b"host", b"origin", b"sec-fetch-site"})
 
 
 class Guard:
@@ -39,8 +38,8 @@ class Guard:
         Raises:
             Refusal: it comes from a page of another site, or is for another host.
         """
-        found = {name: value for name, value in scope["headers"] if name in _WATCHED}
-        host = found.get(b"host", b"")
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"")
         if host and self.host is not None and not is_local(host.decode("latin-1"), self.host):
             raise Refusal(
                 "misdirected",
@@ -49,7 +48,7 @@ class Guard:
             )
         if scope.get("method") in _SAFE:
             return
-        origin, site = found.get(b"origin", b"").lower(), found.get(b"sec-fetch-site")
+        origin, site = headers.get(b"origin", b"").lower(), headers.get(b"sec-fetch-site")
         is_same = not origin or origin.partition(b"://")[2] == host.lower()
         if not (is_same if site is None else site in _OWN) and origin not in self._origins:
             raise Refusal(

@@ -13,9 +13,11 @@ from starlette.types import Scope
 
 from .problems import Fault, Refusal, invalid
 
-__all__ = ["HEADER", "KEYED", "PATTERN", "read_key"]
+__all__ = ["HEADER", "KEY", "KEYED", "PATTERN", "read_key"]
 
 HEADER: Final = "Idempotency-Key"
+KEY: Final = b"idempotency-key"
+"""As requests have it."""
 KEYED: Final = frozenset({"POST", "PATCH"})
 """The methods of a write that take it. To do `PUT` or `DELETE` twice is to do it once."""
 
@@ -40,7 +42,7 @@ def read_key(scope: Scope) -> str | None:
     """
     given: bytes | None = None
     for name, value in scope["headers"]:
-        if name == b"idempotency-key":
+        if name == KEY:
             if given is not None:
                 raise _malformed("is given twice")
             given = value

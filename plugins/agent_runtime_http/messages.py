@@ -42,12 +42,15 @@ async def append_message(call: Call) -> Answer:
 
     The answer is the message as it is kept, with its `seq`.
     """
-    message = await call.object()
+    message = call.object()
     session = await call.session()
     try:
-        return json_answer(await session.append_message(message, **call.options), 201)
+        return Answer(await session.append_json(message, **call.options), 201)
     except InvalidInput as error:
         raise _as_sent(error, message, 0) from None
+    except DurabilityNotReached as error:
+        error.outcome = msgspec.Raw(error.outcome)
+        raise
 
 
 @operation(
@@ -55,7 +58,7 @@ async def append_message(call: Call) -> Answer:
 )
 async def append_messages(call: Call) -> Answer:
     """Append several messages, all of them or none."""
-    given = await call.members()
+    given = call.members()
     session = await call.session()
     try:
         return json_answer({"items": await session.append_many(given["messages"], **call.options)}, 201)
@@ -143,7 +146,7 @@ async def append_tool_result(call: Call) -> Answer:
 
     It is a message of the role `tool`.
     """
-    given = await call.members()
+    given = call.members()
     session = await call.session()
     return json_answer(await session.append_tool_result(**given, **call.options), 201)
 

@@ -1,7 +1,7 @@
 """A path of the API: what each method does there, and all that is the same for every one of them.
 
-What an operation is declared to take is read for it: the query and the idempotency key of a write before it runs, the
-body when it asks for it. What the runtime refuses is answered with a pointer to the field.
+What an operation is declared to take is read for it: the query, the idempotency key of a write, the body. What the
+runtime refuses is answered with a pointer to the field.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from agent_runtime import InvalidInput, Runtime, SessionHandle
 
 from .answers import Answer
 from .bodies import check_json_type, decode_json, read_body
-from .keys import read_key
-from .operations import Operation, Takes, takes_key
+from .keys import KEY, read_key
+from .operations import NOTHING, Operation, Takes, takes_key
 from .problems import Fault, Refusal, answer_to, invalid, pointer_to
 from .queries import read_query
 from .service import Service
@@ -26,25 +26,28 @@ __all__ = ["Call", "Resource"]
 
 class Call:
     """One request, as an operation sees it. `path` has the parts of the path; `options` has the parameters of the query
-    that are given, and the `idempotency_key` of a write.
+    that are given, and the `idempotency_key` of a write. `body` is what came, if the operation takes a body, and
+    `content_type` what that is said to be.
     """
 
-    __slots__ = ("_receive", "_scope", "_takes", "options", "path", "service")
+    __slots__ = ("_scope", "_takes", "body", "content_type", "options", "path", "service")
 
     def __init__(
         self,
         service: Service,
         scope: Scope,
-        receive: Receive,
         path: Mapping[str, str],
         options: dict[str, Any],
         takes: Takes,
+        body: bytes,
+        content_type: bytes | None,
     ) -> None:
         self.service = service
         self.path = path
         self.options = options
+        self.body = body
+        self.content_type = content_type
         self._scope = scope
-        self._receive = receive
         self._takes = takes
 
     @property
@@ -66,25 +69,20 @@ class Call:
         root: str = self._scope.get("root_path", "")
         return root
 
-    def body(self) -> Awaitable[tuple[bytes, bytes | None]]:
-        """The body as it came, and what it says it is: its Content-Type. To be read once."""
-        return read_body(self._scope, self._receive, self.service.body_bytes_max)
-
-    async def object(self) -> dict[str, Any]:
+    def object(self) -> dict[str, Any]:
         """The body as the JSON object that the operation takes."""
         takes = self._takes
-        body, content_type = await read_body(self._scope, self._receive, self.service.body_bytes_max)
-        if not body and takes.may_be_empty:
+        if not self.body and takes.may_be_empty:
             return {}
-        check_json_type(content_type, takes.media_types)
-        value = decode_json(body)
+        check_json_type(self.content_type, takes.media_types)
+        value = decode_json(self.body)
         if type(value) is not dict:
             raise invalid([Fault("", "the body must be a JSON object")])
         return value
 
-    async def members(self) -> dict[str, Any]:
+    def members(self) -> dict[str, Any]:
         """The body as a JSON object with the members that the operation takes, and no others."""
-        value = await self.object()
+        value = self.object()
         known, required = self._takes.members, self._takes.required
         unknown = f"is unknown; there are: {', '.join(known)}"
         faults = [Fault(pointer_to(name), unknown) for name in value if name not in known]
@@ -115,14 +113,18 @@ class Resource:
         if operation is None:
             answer = self._without_operation(method)
         else:
-            parameters = operation.parameters
+            parameters, takes = operation.parameters, operation.takes
+            headers = dict(scope["headers"])
             options = read_query(scope["query_string"], parameters) if scope["query_string"] else {}
-            if method in self._keyed:
-                key = read_key(scope)
-                if key is not None:
-                    options["idempotency_key"] = key
+            if KEY in headers and method in self._keyed:
+                options["idempotency_key"] = read_key(scope)
+            body = b""
+            if takes is not NOTHING:
+                body = await read_body(headers, receive, self._service.body_bytes_max)
             try:
-                answer = await operation.handler(Call(self._service, scope, receive, path, options, operation.takes))
+                answer = await operation.handler(
+                    Call(self._service, scope, path, options, takes, body, headers.get(b"content-type"))
+                )
             except InvalidInput as error:
                 answer = answer_to(error, path=path, query=parameters)
         await answer(scope, receive, send)

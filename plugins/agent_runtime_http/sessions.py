@@ -41,7 +41,7 @@ async def create_session(call: Call) -> Answer:
 
     The answer is its record, and `Location` where it is found. An id that is taken is refused.
     """
-    given = _given(await call.members())
+    given = _given(call.members())
     try:
         session = await call.runtime.create_session(**given, **call.options)
     except DurabilityNotReached as error:
@@ -61,7 +61,7 @@ async def get_or_create_session(call: Call) -> Answer:
 
     201 if it was made for this request; 200 if it was there, and then the body changes nothing. It may be left out.
     """
-    given = _given(await call.members())
+    given = _given(call.members())
     try:
         session = await call.runtime.get_or_create_session(call.path["session_id"], **given, **call.options)
     except DurabilityNotReached as error:
@@ -85,7 +85,7 @@ async def update_session(call: Call) -> Answer:
 
     The body is a merge patch (RFC 7396): what is absent stays, null removes.
     """
-    given = await call.members()
+    given = call.members()
     return json_answer(await (await call.session()).merge(given, **call.options))
 
 
@@ -106,7 +106,7 @@ async def purge_sessions(call: Call) -> Answer:
     The answer, which comes once they are gone from the database's rows and from the journal, has those that were there
     and idle for as long as is asked for, with what was taken of each.
     """
-    given = await call.members()
+    given = call.members()
     session_ids, idle_s, dry_run = given["session_ids"], given.get("idle_longer_than_s"), given.get("dry_run")
     if not isinstance(session_ids, list):
         raise InvalidInput("session_ids", "must be a list of ids")

@@ -86,13 +86,13 @@ class Surface:
             raise refusal(scope)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        match _path(scope).split("/"):
-            case ["", "v1", "sessions", session_id, name] if name in self._hot:
-                await self._hot[name].respond({"session_id": session_id}, scope, receive, send)
-            case ["", "v1", *segments] if "" in segments:
-                raise invalid([Fault("{path}", "has an empty segment: ids, collections and keys have a character")])
-            case _:
-                await self._app(scope, receive, send)
+        segments = _path(scope).split("/")
+        if len(segments) == 5 and segments[2] == "sessions" and segments[1] == "v1" and segments[4] in self._hot:
+            await self._hot[segments[4]].respond({"session_id": segments[3]}, scope, receive, send)
+        elif segments[1:2] == ["v1"] and "" in segments[2:]:
+            raise invalid([Fault("{path}", "has an empty segment: ids, collections and keys have a character")])
+        else:
+            await self._app(scope, receive, send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The lifespan, and the WebSockets of plugins."""
