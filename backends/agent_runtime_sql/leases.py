@@ -22,7 +22,6 @@ from agent_runtime.storage import Claim, Fence, Grant, LeaseRow
 
 from .apply import lost, partition_row
 from .reads import SELECT_JOURNAL
-from .rows import struct_of
 from .tables import journals, partitions
 from .transaction import Transaction
 from .writes import Columns, Insert, fenced
@@ -108,11 +107,11 @@ async def release(transaction: Transaction, fence: Fence) -> None:
 def lease_row(row: Mapping[str, Any], remaining: Remaining) -> LeaseRow:
     """What a snapshot shows of the partition's row."""
     shown = {**row, "expires_in_s": remaining(row)}
-    return struct_of(LeaseRow, [shown[name] for name in LeaseRow.__struct_fields__])
+    return LeaseRow(**{name: shown[name] for name in LeaseRow.__struct_fields__})
 
 
 def _facts(row: Mapping[str, Any]) -> ProcessFacts:
-    return struct_of(ProcessFacts, [row[name] for name in ProcessFacts.__struct_fields__])
+    return ProcessFacts(**{name: row[name] for name in ProcessFacts.__struct_fields__})
 
 
 async def _locked(transaction: Transaction, partition: int, statements: LeaseStatements) -> Mapping[str, Any]:

@@ -42,7 +42,6 @@ from .reads import (
     select_outcomes,
     select_sessions,
 )
-from .rows import maker_of, struct_of
 from .transaction import Transaction
 from .writes import SEQ_MAX
 
@@ -145,13 +144,13 @@ class SqlSnapshot:
 async def _rows(
     transaction: Transaction, kind: type[Item], statement: Select[Any], parameters: Mapping[str, Any]
 ) -> list[Item]:
-    return await _made(maker_of(kind), await transaction.fetch(statement, parameters))
+    return await _made(kind, await transaction.fetch(statement, parameters))
 
 
 async def _messages(
     transaction: Transaction, incarnation: str, statement: Select[Any], parameters: Mapping[str, Any]
 ) -> list[MessageRow]:
-    return await _made(partial(maker_of(MessageRow), incarnation), await transaction.fetch(statement, parameters))
+    return await _made(partial(MessageRow, incarnation), await transaction.fetch(statement, parameters))
 
 
 async def _made(make: Callable[..., Item], found: Sequence[Sequence[Any]]) -> list[Item]:
@@ -168,14 +167,14 @@ async def _head(transaction: Transaction, partition: int, session_id: str, outco
     if not found:
         return None
     has_outcomes, *values = found[0]
-    session = struct_of(SessionRow, values[:_SESSION_COLUMNS])
+    session = SessionRow(*values[:_SESSION_COLUMNS])
     if values[_SESSION_COLUMNS] is None:
         raise StorageFatal(f"the database is damaged: the session {session_id!r} has no context")
     outcomes: list[OutcomeRow] = []
     if has_outcomes and outcomes_max:
         newest = {"partition": partition, "scope": session.incarnation, "now": datetime.now(UTC), "limit": outcomes_max}
         outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, newest)
-    return HeadRows(session=session, context=struct_of(ContextRow, values[_SESSION_COLUMNS:]), outcomes=outcomes)
+    return HeadRows(session=session, context=ContextRow(*values[_SESSION_COLUMNS:]), outcomes=outcomes)
 
 
 async def _collections(transaction: Transaction, partition: int, incarnation: str) -> list[str]:

@@ -4,7 +4,8 @@ A storage never meets JSON: every JSON value is text here, to be given back to t
 `json`; never `jsonb`, which loses key order and number forms). Times are aware and in UTC, with microseconds.
 
 No row refers back to itself, so the garbage collector need not look at them (`gc=False`): with hundreds of thousands in
-memory its rounds held the loop for 35 ms, and hold it for 21 ms without them.
+memory its rounds held the loop for 35 ms, and hold it for 21 ms without them. Rows may be made of their values in the
+order of the fields, as a storage finds them: a message so takes 0.07 µs, by keywords two to three times as long.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 
-class SessionRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class SessionRow(msgspec.Struct, frozen=True, gc=False):
     """A session. Identified by `incarnation`; `session_id` is unique among those not deleted.
 
     `next_seq` is the seq of the next message, `floor` the seq up to which all messages are cleared,
@@ -46,7 +47,7 @@ class SessionRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     sequence: int
 
 
-class ContextRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class ContextRow(msgspec.Struct, frozen=True, gc=False):
     """The agent context of a session. Identified by `incarnation`."""
 
     incarnation: str
@@ -58,7 +59,7 @@ class ContextRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     updated_at: datetime
 
 
-class MessageRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class MessageRow(msgspec.Struct, frozen=True, gc=False):
     """A message. Identified by (`incarnation`, `seq`).
 
     Content that is a string is in `content`, content that is a list of parts in `parts` (JSON text); null is neither.
@@ -79,7 +80,7 @@ class MessageRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     created_at: datetime
 
 
-class SwitchRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class SwitchRow(msgspec.Struct, frozen=True, gc=False):
     """A hand-over. Identified by (`incarnation`, `number`), numbered from 1."""
 
     incarnation: str
@@ -91,7 +92,7 @@ class SwitchRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     metadata: str | None
 
 
-class DocumentRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class DocumentRow(msgspec.Struct, frozen=True, gc=False):
     """A document. Identified by (`incarnation`, `collection`, `key`). Either `value` (JSON text) or `data` is set."""
 
     incarnation: str
@@ -103,7 +104,7 @@ class DocumentRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     updated_at: datetime
 
 
-class OutcomeRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class OutcomeRow(msgspec.Struct, frozen=True, gc=False):
     """What a call with an idempotency key gave. Identified by (`scope`, `key`).
 
     `scope` is the session's incarnation, or `create` for calls that create sessions. `body_hash` is the SHA-256 of the
@@ -119,7 +120,7 @@ class OutcomeRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     expires_at: datetime
 
 
-class QuarantineRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class QuarantineRow(msgspec.Struct, frozen=True, gc=False):
     """A change kept aside. Identified by `sequence`.
 
     `state` is `rejected` for the change that the database refused, `queued` for a later one of the same session that

@@ -139,7 +139,7 @@ class LeaseRow(msgspec.Struct, frozen=True, kw_only=True):
     expires_in_s: float | None
 
 
-class JournalRow(msgspec.Struct, frozen=True, kw_only=True):
+class JournalRow(msgspec.Struct, frozen=True):
     """How far one journal has been stored: kept a row a journal, never overwritten by another's.
 
     `generation` is that of the last claim, `previous_generation` the last one under which a batch was applied, or the
