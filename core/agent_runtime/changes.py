@@ -201,6 +201,7 @@ _ROW_FIELDS: Final = tuple(
     name for name in Batch.__struct_fields__ if name not in {"after", "last", "changes", "sessions"}
 )
 _decode_message: Final = msgspec.json.Decoder(EncodedMessage).decode
+_decode_text: Final = msgspec.json.Decoder(str).decode
 _decode_change: Final = msgspec.json.Decoder(Change).decode
 encode_change: Final = msgspec.json.Encoder().encode
 
@@ -211,29 +212,32 @@ def decode_change(data: bytes) -> Change:
 
 
 def _text(raw: Raw) -> str | None:
-    data = bytes(raw)
-    return data.decode() if data and data != b"null" else None
+    if raw is NO_JSON:  # most are
+        return None
+    text = str(raw, "utf-8")
+    return None if text == "null" else text
 
 
 def message_row(incarnation: str, raw: Raw | bytes) -> MessageRow:
     """The row of an encoded message."""
     message = _decode_message(raw)
-    content = bytes(message.content)
-    is_text = content.startswith(b'"')
+    content, parts = None, _text(message.content)
+    if parts is not None and parts[0] == '"':
+        content, parts = _decode_text(parts), None
     return MessageRow(
-        incarnation=incarnation,
-        seq=message.seq,
-        id=message.id,
-        role=message.role,
-        content=msgspec.json.decode(content, type=str) if is_text else None,
-        parts=None if is_text else _text(message.content),
-        name=message.name,
-        tool_calls=_text(message.tool_calls),
-        tool_call_id=message.tool_call_id,
-        token_count=message.token_count,
-        metadata=_text(message.metadata),
-        extra=_text(message.extra),
-        created_at=message.created_at,
+        incarnation,
+        message.seq,
+        message.id,
+        message.role,
+        content,
+        parts,
+        message.name,
+        _text(message.tool_calls),
+        message.tool_call_id,
+        message.token_count,
+        _text(message.metadata),
+        _text(message.extra),
+        message.created_at,
     )
 
 

@@ -289,9 +289,7 @@ class Scheduler:
             rejected[changes[0].change.sequence] = reason
             self._hold_rejected(changes[0], JournalCorrupt(reason))
         attempt = 0
-        while self._abandoned_for is None and (
-            changes := [pending for pending in changes if pending.change.sequence > self._log.stored]
-        ):
+        while self._abandoned_for is None and (changes := _above(self._log.stored, changes)):
             attempt += 1
             batch = await self._coalesce(changes, rejected)
             started = anyio.current_time()
@@ -448,3 +446,10 @@ class Scheduler:
         for waiting in awaited:
             waiting.set()
             self._purge_awaited.remove(waiting)
+
+
+def _above(sequence: int, changes: Sequence[Pending]) -> Sequence[Pending]:
+    """Those of consecutive changes that come after `sequence`."""
+    if changes and changes[0].change.sequence > sequence:
+        return changes
+    return [pending for pending in changes if pending.change.sequence > sequence]
