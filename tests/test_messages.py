@@ -79,9 +79,8 @@ async def test_a_message_comes_back_as_it_was_appended(place: Place) -> None:
 async def test_a_message_is_told_as_the_json_that_is_kept(memory: Place) -> None:
     async with memory.open() as runtime:
         session = await runtime.create_session("s1")
-        for number, chat in enumerate(
-            ({"role": "user", "content": "é\n"}, {"role": "tool", "name": "f", "x": [1.5]}), 1
-        ):
+        chats: list[dict[str, Any]] = [{"role": "user", "content": "é\n"}, {"role": "tool", "name": "f", "x": [1.5]}]
+        for number, chat in enumerate(chats, 1):
             text = await session.append_json(chat)
             message = await session.message(number)
             assert message is not None
