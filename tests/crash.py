@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -65,9 +64,9 @@ def leave_crash(directory: Path) -> None:
 class Left:
     """A database and its journal in a directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, journal: str = "sessions.db.journal") -> None:
         self.database = directory / "sessions.db"
-        self.journal = directory / "sessions.db.journal"
+        self.journal = directory / journal
 
     @classmethod
     def copy(cls, source: Path, directory: Path) -> Left:
@@ -131,13 +130,15 @@ class Left:
 
     def append(self, sequence: int, change: Change | bytes) -> None:
         """Write one more frame into the newest segment."""
-        payload = change if isinstance(change, bytes) else encode_change(change)
         with self.segments[-1].open("ab") as file:
-            file.write(encode_frame(sequence, payload, seed_of(self.journal_id)))
+            file.write(self._frame(sequence, change))
 
-    def rewrite(self, sequence: int, edit: Callable[[Change], Change]) -> None:
-        """Put another change in the place of one."""
+    def rewrite(self, sequence: int, change: Change | bytes) -> None:
+        """Put another change in the place of one, into a frame that is whole."""
         path, frame = self.frames()[sequence]
         data = path.read_bytes()
-        other = encode_frame(sequence, encode_change(edit(self.change(sequence))), seed_of(self.journal_id))
-        path.write_bytes(data[: frame.start] + other + data[frame.end :])
+        path.write_bytes(data[: frame.start] + self._frame(sequence, change) + data[frame.end :])
+
+    def _frame(self, sequence: int, change: Change | bytes) -> bytes:
+        payload = change if isinstance(change, bytes) else encode_change(change)
+        return encode_frame(sequence, payload, seed_of(self.journal_id))

@@ -320,7 +320,7 @@ def test_a_change_that_resolves_another_follows_it_or_what_is_stored(
     shell: Shell, left: Left, previous: int, right: bool
 ) -> None:
     left.quarantine(held(left, 12))
-    left.rewrite(22, lambda change: msgspec.structs.replace(change, resolves=12, previous=previous))
+    left.rewrite(22, msgspec.structs.replace(left.change(22), resolves=12, previous=previous))
     wrong = "session 'plain', change 22: follows 6, but the session's last change before it is 12 or 7"
     assert found(shell) == [HELD(0)] + [wrong] * (not right)
 

@@ -20,6 +20,7 @@ from agent_runtime import (
     ConfigError,
     DurabilityNotReached,
     InvalidInput,
+    JournalCorrupt,
     JournalFull,
     JournalMismatch,
     LeaseHeld,
@@ -34,6 +35,7 @@ from agent_runtime.storage import Abilities
 from agent_runtime.testing import Faults, FaultyStorage, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_sqlite import open_sqlite
+from crash import Left
 from places import NEVER_S, in_file
 
 pytestmark = pytest.mark.anyio
@@ -334,6 +336,28 @@ async def test_a_session_whose_creation_is_damaged_is_shown_and_dropped(place: J
         await runtime.create_session("a")
     async with place.open() as runtime:
         assert await texts(runtime, "a") == []
+
+
+@pytest.mark.parametrize("kind", ["another's", "unknown"])
+async def test_a_frame_without_the_change_that_it_names_is_refused(place: JournaledPlace, kind: str) -> None:
+    """The bytes are whole, so it is no damage to be passed over: nobody knows what was there, and all is kept."""
+    async with place.open_without_storing() as runtime:
+        await write(runtime, "a")
+    left = Left(place.path.parent)
+    change = left.change(3)
+    if kind == "unknown":
+        left.rewrite(3, b'{"sequence":3}')
+        told = "change 3 of the journal .* is whole, but can't be read: it was written by another version"
+    else:
+        left.rewrite(3, left.change(2))
+        told = "the frame 3 of the journal .* holds change 2"
+    for _ in range(2):
+        with pytest.raises(JournalCorrupt, match=told):
+            async with place.open():
+                raise AssertionError
+    left.rewrite(3, change)
+    async with place.open() as runtime:
+        assert await texts(runtime, "a") == ["a 0", "a 1", "a 2"]
 
 
 async def test_a_torn_tail_is_kept_aside(place: JournaledPlace) -> None:

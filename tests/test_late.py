@@ -15,6 +15,7 @@ from agent_runtime import (
     Config,
     IdempotencyConflict,
     InvalidInput,
+    JournalCorrupt,
     LeaseLost,
     Runtime,
     SessionHandle,
@@ -31,6 +32,7 @@ from agent_runtime.testing import Fault, Faults, FaultyStorage, faulty_plugin
 from agent_runtime.testing.faults import writes_message
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_sqlite import open_sqlite
+from crash import Left
 from places import NEVER_S, in_file
 
 pytestmark = pytest.mark.anyio
@@ -620,3 +622,32 @@ async def test_late_replay_that_is_overtaken_itself_keeps_what_is_left(world: Wo
                 pass
     async with world.open() as runtime:
         assert await all_of(runtime) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["another's", "unknown"])
+async def test_a_frame_without_the_change_that_it_names_is_refused_and_nothing_comes_in(
+    world: World, kind: str
+) -> None:
+    await begin(world, "x")
+    async with world.losing() as runtime:
+        for text in ("a", "b", "c"):
+            await (await opened(runtime)).append("user", text)
+    async with world.second() as runtime:
+        await (await opened(runtime)).append("user", "meanwhile")
+    left = Left(world.directory, "first")
+    sequence = max(left.frames()) - 1
+    change = left.change(sequence)
+    if kind == "unknown":
+        left.rewrite(sequence, b'{"sequence":%d}' % sequence)
+        told = f"change {sequence} of the journal .* is whole, but can't be read: it was written by another version"
+    else:
+        left.rewrite(sequence, left.change(sequence - 1))
+        told = f"the frame {sequence} of the journal .* holds change {sequence - 1}"
+    with pytest.raises(JournalCorrupt, match=told):
+        async with world.open():
+            raise AssertionError
+    async with world.second() as runtime:
+        assert await shown(runtime) == ["x", "meanwhile"]
+    left.rewrite(sequence, change)
+    async with world.open() as runtime:
+        assert await shown(runtime) == ["x", "meanwhile", "a", "b", "c"]
