@@ -217,6 +217,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent_runtime.scan._BATCH_ROWS", 4)
     monkeypatch.setattr("agent_runtime.scan._PAGE", 2)
     monkeypatch.setattr("agent_runtime.scan._PAGE_OF_LARGE", 2)
+    monkeypatch.setattr("agent_runtime.quarantined._PAGE", 2)
 
 
 # --- to the letter ----------------------------------------------------------------------------------------------------
@@ -302,6 +303,7 @@ def tiny_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent_runtime.scan._BATCH_ROWS", 3)
     monkeypatch.setattr("agent_runtime.scan._PAGE", 2)
     monkeypatch.setattr("agent_runtime.scan._PAGE_OF_LARGE", 2)
+    monkeypatch.setattr("agent_runtime.quarantined._PAGE", 2)
 
 
 @pytest.mark.usefixtures("tiny_batches")

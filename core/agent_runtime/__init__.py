@@ -39,7 +39,7 @@ from .errors import (
     StorageUnavailable,
 )
 from .hookspecs import hookimpl
-from .quarantine import QuarantinedChange
+from .quarantined import QuarantinedChange
 from .records import AgentContext, AgentSwitch, Document, Message, NewMessage, Page, PurgedSession, Session, Watermarks
 from .runtime import Runtime, open_runtime
 from .session import SessionHandle

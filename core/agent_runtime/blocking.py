@@ -25,7 +25,8 @@ from .approvals import Approval, ApprovalStatus, Decision
 from .config import Config
 from .errors import DurabilityNotReached, InvalidInput, RuntimeClosed
 from .journal import JournalFiles
-from .quarantine import Quarantine, QuarantinedChange
+from .quarantine import Quarantine
+from .quarantined import QuarantinedChange
 from .records import (
     DEFAULT_AGENT,
     AgentContext,

@@ -21,7 +21,7 @@ from .errors import JournalError, JournalMismatch, StorageError
 from .journal import Directory, Frame, Gap, JournalFiles, read_directory
 from .journal.inspection import conflicts
 from .opening import check_pairing
-from .quarantine import quarantine_rows
+from .quarantined import quarantine_rows
 from .rows import MessageRow, QuarantineRow, SessionRow
 from .storage import LeaseRow, SessionKey, Snapshot, Storage
 

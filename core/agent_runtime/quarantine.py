@@ -11,9 +11,7 @@ they can only be dropped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
-from typing import Final, Literal
+from collections.abc import Sequence
 
 import msgspec
 
@@ -22,46 +20,13 @@ from .changes import Change, decode_change, encode_change
 from .door import Door
 from .errors import InvalidInput, SessionHeld, SessionNotFound
 from .log import Log
+from .quarantined import QuarantinedChange, quarantine_rows
 from .residents import OUTCOMES_MAX, Resident, Residents
-from .rows import QuarantineRow, SessionRow
+from .rows import SessionRow
 from .scheduler import Pending, Scheduler
-from .storage import HeadRows, Snapshot
+from .storage import HeadRows
 
-__all__ = ["Quarantine", "QuarantinedChange", "quarantine_rows", "rebase"]
-
-_PAGE: Final = 200
-
-
-class QuarantinedChange(msgspec.Struct, frozen=True, kw_only=True):
-    """A change in quarantine: the one that was `rejected`, or one `queued` behind it. `bytes` is its encoded size."""
-
-    sequence: int
-    session_id: str
-    state: Literal["rejected", "queued"]
-    error: str
-    bytes: int
-    quarantined_at: datetime
-
-    @classmethod
-    def of(cls, row: QuarantineRow) -> QuarantinedChange:
-        """What callers see of a row."""
-        return cls(
-            sequence=row.sequence,
-            session_id=row.session_id,
-            state=row.state,
-            error=row.error,
-            bytes=len(row.change),
-            quarantined_at=row.quarantined_at,
-        )
-
-
-async def quarantine_rows(snapshot: Snapshot) -> AsyncIterator[QuarantineRow]:
-    """All that is in quarantine, in order of sequence."""
-    after = 0
-    while rows := await snapshot.quarantine(after=after, limit=_PAGE):
-        for row in rows:
-            yield row
-        after = rows[-1].sequence
+__all__ = ["Quarantine", "rebase"]
 
 
 def rebase(changes: Sequence[Change], session: SessionRow | None) -> list[Change]:

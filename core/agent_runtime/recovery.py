@@ -26,6 +26,7 @@ from .errors import JournalCorrupt, StorageUnavailable
 from .journal import Directory, Frame, Gap
 from .lease import LeaseKeeper
 from .log import Log
+from .quarantined import quarantine_rows
 from .residents import Residents
 from .scheduler import Observers, Pending, Scheduler, SchedulerOptions
 from .storage import Storage
@@ -34,7 +35,6 @@ __all__ = ["change_in", "recover"]
 
 logger: Final = logging.getLogger("agent_runtime.journal")
 
-_PAGE: Final = 500
 _CHANGE_BYTES: Final = 3000  # what a decoded change takes besides its encoded form, generously
 _CHANGES_PER_TURN: Final = 50
 _PROGRESS_S: Final = 5.0
@@ -184,11 +184,8 @@ class _Recovery:
     async def _hold(self) -> None:
         """What comes for a session with changes in quarantine queues behind them, as before."""
         async with self._storage.snapshot() as snapshot:
-            after = 0
-            while rows := await snapshot.quarantine(after=after, limit=_PAGE):
-                for row in rows:
-                    self._scheduler.hold(row.incarnation)
-                after = rows[-1].sequence
+            async for row in quarantine_rows(snapshot):
+                self._scheduler.hold(row.incarnation)
 
     async def _replay(self, frame: Frame) -> None:
         change = change_in(frame, self._directory)

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from .errors import StorageFatal
+from .quarantined import quarantine_rows
 from .rows import SessionRow
 from .storage import SessionKey, Snapshot
 
@@ -27,7 +28,7 @@ _TABLES: Final = ("sessions", "contexts", "switches", "documents", "messages", "
 _BATCH_ROWS: Final = 5000
 _BATCH_BYTES: Final = 8 * 1024 * 1024
 _PAGE: Final = 1000
-_PAGE_OF_LARGE: Final = 100  # documents, and changes in quarantine
+_PAGE_OF_LARGE: Final = 100  # documents
 
 _encode_lines: Final = msgspec.json.Encoder().encode_lines
 
@@ -73,10 +74,8 @@ class Scan:
                     await self._flush()
                 await self._session(session)
             after = SessionKey(sessions[-1].created_at, sessions[-1].incarnation)
-        sequence = 0
-        while changes := await self._snapshot.quarantine(after=sequence, limit=_PAGE_OF_LARGE):
-            await self._add(quarantine=changes)
-            sequence = changes[-1].sequence
+        async for row in quarantine_rows(self._snapshot):
+            await self._add(quarantine=[row])
         await self._flush()
         await self._outcomes()
         return {table: TableSum(self._counts[table], self._sums[table].hexdigest()) for table in _TABLES}

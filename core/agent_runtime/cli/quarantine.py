@@ -13,7 +13,7 @@ from msgspec import Raw
 from ..changes import Change, decode_change
 from ..config import Config
 from ..errors import LeaseHeld, Quarantined, SessionNotFound
-from ..quarantine import QuarantinedChange, quarantine_rows
+from ..quarantined import QuarantinedChange, quarantine_rows
 from ..rows import QuarantineRow
 from ..runtime import Runtime
 from ..storage import Storage
