@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
 
+from agent_runtime import Config, open_runtime_blocking
 from agent_runtime.changes import Change, encode_change
-from agent_runtime.journal import read_directory
+from agent_runtime.journal import LocalFiles, read_directory
 from agent_runtime.journal.frames import Frame, encode_frame, seed_of
 from agent_runtime.journal.still import StillFiles
-from places import in_file
+from places import NEVER_S, in_file
 
 SEGMENT_BYTES = 4096
 STORED = 21
@@ -119,6 +121,22 @@ class Left:
 
     def change(self, sequence: int) -> Change:
         return msgspec.json.decode(self.frames()[sequence][1].payload, type=Change)
+
+    @contextmanager
+    def overtaken(self) -> Iterator[Left]:
+        """Another runtime has taken over, while the dead one's child keeps its journal locked: the one that writes now.
+
+        It has stored a message of the session `plain`, and has another one that is not stored.
+        """
+        self.sql("UPDATE partitions SET expires_at = 0")
+        config = Config.of(f"sqlite:///{self.database}", write_behind={"interval_s": NEVER_S})
+        with closing(LocalFiles(self.journal)) as files:
+            assert files.lock()
+            with open_runtime_blocking(config) as runtime:
+                session = runtime.get_session("plain")
+                session.append("user", "meanwhile", durability="stored")
+                session.append("user", "on time")
+                yield Left(self.database.parent, f"{self.journal.name}.2")
 
     def damage(self, sequence: int) -> tuple[Path, Frame]:
         """Flip a bit of the frame of a change."""

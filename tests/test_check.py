@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from agent_runtime import Quarantined, Runtime, SessionHeld, SessionNotFound
 from agent_runtime.changes import Change
 from agent_runtime.check import Finding, check
+from agent_runtime.cli.reading import pictures
 from agent_runtime.journal import read_directory
 from agent_runtime.journal.frames import encode_frame, seed_of
 from agent_runtime.journal.headers import encode_headers, segment_name
@@ -355,18 +356,18 @@ JOURNAL: dict[str, tuple[Callable[[Left], object], list[str]]] = {
     "a damaged change": (
         lambda left: left.damage(24),
         [
-            "change 24: is lost: not to be read from the journal",
+            "change 24: is lost: not to be read from the journal PLACE",
             "session 'plain', change 25: follows 24, but the session's last change before it is 23",
-            "FILE of the journal is damaged at byte N: N bytes",
+            "FILE of the journal PLACE is damaged at byte N: N bytes",
         ],
     ),
     "a change that can't be read": (
         lambda left: left.append(END + 1, b'{"sequence":1}'),
-        [f"change {END + 1}: is whole in the journal, but can't be read"],
+        [f"change {END + 1}: is whole in the journal PLACE, but can't be read"],
     ),
     "a change under another's sequence": (
         lambda left: left.append(END + 1, next_change(left, sequence=99)),
-        [f"change 99: is written under the sequence {END + 1}"],
+        [f"change 99: is written under the sequence {END + 1} in the journal PLACE"],
     ),
     "a change that forgets the one before it": (
         lambda left: left.append(END + 1, next_change(left, previous=26)),
@@ -388,15 +389,15 @@ JOURNAL: dict[str, tuple[Callable[[Left], object], list[str]]] = {
     ),
     "one sequence for two changes": (
         lambda left: repeat(left, 26, next_change(left, sequence=26, previous=25)),
-        ["change 26: is in the journal twice, and differently"],
+        ["change 26: is in the journal PLACE twice, and differently"],
     ),
     "a segment that is gone": (
         lambda left: left.segments[-2].unlink(),
-        ["change N: is lost, and so are all up to N: not to be read from the journal", "…"],
+        ["change N: is lost, and so are all up to N: not to be read from the journal PLACE", "…"],
     ),
     "a segment of another journal": (
         lambda left: (left.journal / segment_name(99)).write_bytes(headers_of_another(left)),
-        ["JOURNAL holds segments of several journals: …"],
+        ["PLACE holds segments of several journals: …"],
     ),
 }
 
@@ -412,11 +413,11 @@ def headers_of_another(left: Left) -> bytes:
 def test_what_is_wrong_in_the_journal_is_found(shell: Shell, left: Left, kind: str) -> None:
     damage, findings = JOURNAL[kind]
     damage(left)
-    shown = found(shell)
+    shown = [each.replace(str(left.journal), "PLACE") for each in found(shell)]
     if kind == "a segment that is gone":
         shown = [re.sub(r"\d+", "N", shown[0]), "…"] if len(shown) > 1 else shown
     shown = [re.sub(r"^\S+\.segment (.* byte )\d+: \d+", r"FILE \1N: N", each) for each in shown]
-    shown = [re.sub(r"^/\S+ (holds .*journals:).*", r"JOURNAL \1 …", each) for each in shown]
+    shown = [re.sub(r"(^PLACE holds .*journals:).*", r"\1 …", each) for each in shown]
     assert shown == findings
 
 
@@ -436,12 +437,67 @@ def test_without_its_journal_a_database_is_looked_at_alone(shell: Shell, left: L
     assert shell.here("check")[0] == "ok: 4 session(s), 9 message(s), 0 change(s) not stored, 0 in quarantine\n"
 
 
+# --- several journals -------------------------------------------------------------------------------------------------
+
+
+def test_every_journal_beside_the_file_is_looked_at(shell: Shell, left: Left) -> None:
+    late = (
+        f"the journal {left.journal} has changes {STORED + 1} to {END} that the database lacks, and another runtime has "
+        f"written up to {STORED + 1} since: they come in late when the journal is opened"
+    )
+    changes = END - STORED + 1
+    with left.overtaken() as second:
+        output, _ = shell.here("check", code=1)
+        right = f"4 session(s), 10 message(s), {changes} change(s) not stored, 0 in quarantine"
+        assert output.splitlines() == [late, f"1 finding(s): {right}"]
+        path, frame = left.damage(24)
+        second.append(STORED + 3, b"{}")
+        assert found(shell) == [
+            late,
+            f"change 24: is lost: not to be read from the journal {left.journal}",
+            f"{path.name} of the journal {left.journal} is damaged at byte {frame.start}: {frame.end - frame.start} bytes",
+            f"change {STORED + 3}: is whole in the journal {second.journal}, but can't be read",
+        ]
+        *findings, totals = shell.here("check", "--json", code=1)[0].splitlines()
+        assert (len(findings), json.loads(totals)["changes"]) == (4, changes)
+        # One that the configuration names is the only one.
+        alone = {"AGENT_RUNTIME__JOURNAL__DIRECTORY": str(left.journal)}
+        assert str(second.journal) not in shell.here("check", code=1, environment=alone)[0]
+
+
+def test_a_journal_that_is_alone_under_a_later_number_is_looked_at(shell: Shell, left: Left) -> None:
+    left.journal.rename(f"{left.journal}.7")
+    assert f", {END - STORED} change(s) not stored, " in shell.here("check")[0]
+
+
+def test_a_journal_that_can_not_be_read_leaves_the_others_to_be_looked_at(shell: Shell, left: Left) -> None:
+    third = left.journal.rename(f"{left.journal}.3")
+    second = shutil.copytree(third, f"{left.journal}.2")
+    left = Left(left.database.parent, third.name)
+    (Path(second) / segment_name(99)).write_bytes(headers_of_another(left))
+    left.append(END + 1, b"{}")
+    mixed, unreadable = found(shell)
+    assert mixed.startswith(f"{second} holds segments of several journals: ")
+    assert unreadable == f"change {END + 1}: is whole in the journal {third}, but can't be read"
+
+
+@pytest.mark.parametrize(("others", "told"), [(1, "is another one"), (2, "are others")])
+def test_the_journals_that_are_not_the_holders_are_named(shell: Shell, left: Left, others: int, told: str) -> None:
+    places = [left.journal, Path(f"{left.journal}.2")][:others]
+    for place in places[1:]:
+        shutil.copytree(left.journal, place)
+    left.sql("UPDATE partitions SET journal_id = 'another', holder = 'pid 1 on moon'")
+    names = " and ".join(map(str, places))
+    (finding,) = found(shell)
+    assert finding.startswith(f"pid 1 on moon has, or had when it died, the journal another, and {names} {told}: what ")
+
+
 # --- whatever a runtime does is right ---------------------------------------------------------------------------------
 
 
 async def findings_of(runtime: Runtime, path: Path) -> list[str]:
     told: list[Finding] = []
-    await check(runtime._storage, lambda: StillFiles(path), found=told.append)
+    await check(runtime._storage, lambda: pictures([path]), found=told.append)
     return [str(finding) for finding in told if " is held: " not in str(finding)]
 
 

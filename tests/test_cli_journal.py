@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -180,6 +181,43 @@ def test_the_journal_id_comes_from_the_database_where_no_header_is_left(shell: S
     assert found["journal_id"] == journal_id
     assert (len(found["segments"]), found["last"], found["generation"]) == (count, END, 0)
     assert [(each["offset"], each["bytes"], each["torn"]) for each in found["damage"]] == [(0, 1024, False)] * count
+
+
+def test_every_journal_beside_the_file_is_shown(shell: Shell, left: Left) -> None:
+    with left.overtaken() as second:
+        output, errors = shell.here("journal", "inspect")
+        assert errors == []
+        sections = [facts(each) for each in output.split("\n\n")]
+        assert [each["directory"] for each in sections] == [str(left.journal), str(second.journal)]
+        assert [each["not stored"] for each in sections] == [
+            f"{END - STORED} change(s); another runtime has written since, they come in late",
+            "1 change(s)",
+        ]
+        assert [each["database"] for each in sections] == [
+            f"stands at {STORED + 1}, has this journal up to {STORED + number}" for number in (0, 1)
+        ]
+        lines = [json.loads(each) for each in shell.here("journal", "inspect", "--json")[0].splitlines()]
+        assert [each["journal"]["directory"] for each in lines] == [str(left.journal), str(second.journal)]
+        assert [each["journal"]["unstored"] for each in lines] == [END - STORED, 1]
+        assert shown(shell, str(second.journal))["journal"]["unstored"] is None
+        alone = {"AGENT_RUNTIME__JOURNAL__DIRECTORY": str(left.journal)}
+        assert facts(shell.here("journal", "inspect", environment=alone)[0]) == sections[0]
+
+
+def test_each_journal_that_is_damaged_is_named_and_the_others_are_shown(shell: Shell, left: Left) -> None:
+    places = [Path(f"{left.journal}.{number}") for number in (2, 3, 10)]
+    for place in places:
+        shutil.copytree(left.journal, place)
+    shutil.rmtree(left.journal)
+    second, third, tenth = (Left(left.database.parent, place.name) for place in places)
+    path = second.segments[0]
+    path.rename(path.with_name(segment_name(99)))
+    third.damage(STORED + 2)
+    output, errors = shell.here("journal", "inspect", code=1)
+    assert [facts(each)["directory"] for each in output.split("\n\n")] == [str(third.journal), str(tenth.journal)]
+    wrong, damaged = errors
+    assert wrong.startswith(f"agent-runtime: {segment_name(99)} in {second.journal} is segment ")
+    assert damaged.startswith(f"agent-runtime: the journal {third.journal} is damaged: 1 place(s) in the middle, ")
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

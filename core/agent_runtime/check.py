@@ -1,15 +1,19 @@
-"""Database and journal against themselves and each other: whether what is stored can be as it is.
+"""Database and journals against themselves and each other: whether what is stored can be as it is.
 
 Only reads, through snapshots, so that it may be done while a runtime has the sessions open. A page of sessions is
-looked at in one snapshot; the next page in another one, so that none is held open for long. The journal is a picture
-taken before the last snapshot: every change above that one's watermark is in it.
+looked at in one snapshot; the next page in another one, so that none is held open for long. The journals are pictures
+taken before the last snapshot: every change above that one's watermark is in them.
+
+A journal that another one has overtaken is told of, and its changes are looked at one by one: what they follow is seen
+when they come in.
 
 Gaps between the seqs of a session are no finding: whoever removes a message leaves one. That rows and counts differ is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 import msgspec
@@ -17,7 +21,7 @@ from anyio.lowlevel import checkpoint
 
 from .changes import Change, decode_change
 from .directories import Found, overtaken_in
-from .errors import JournalError, JournalMismatch, StorageError
+from .errors import JournalError, StorageError
 from .journal import Directory, Frame, Gap, JournalFiles, read_directory
 from .journal.inspection import conflicts
 from .opening import check_pairing
@@ -51,7 +55,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Checked(msgspec.Struct, kw_only=True):
-    """How much was looked at: `changes` are those of the journal that are not stored; and how much was found."""
+    """How much was looked at: `changes` are those of the journals that are not stored; and how much was found."""
 
     sessions: int = 0
     messages: int = 0
@@ -62,19 +66,20 @@ class Checked(msgspec.Struct, kw_only=True):
 
 async def check(
     storage: Storage,
-    picture: Callable[[], JournalFiles | None],
+    pictures: Callable[[], AbstractContextManager[Sequence[JournalFiles]]],
     *,
     found: Callable[[Finding], None],
     progress: Callable[[Checked], None] = lambda checked: None,
 ) -> Checked:
     """Look at everything. `found` is told of what is wrong, `progress` now and then how much was looked at.
 
-    `picture` takes the journal's picture, which is closed in the end; None: there is no journal.
+    `pictures` takes a picture of each journal there is.
 
     Raises:
         StorageError: the database can't be read.
+        JournalError: no picture of a journal can be taken.
     """
-    return await _Check(storage, picture, found, progress).run()
+    return await _Check(storage, pictures, found, progress).run()
 
 
 class _Held(msgspec.Struct):
@@ -88,26 +93,22 @@ class _Check:
     def __init__(
         self,
         storage: Storage,
-        picture: Callable[[], JournalFiles | None],
+        pictures: Callable[[], AbstractContextManager[Sequence[JournalFiles]]],
         found: Callable[[Finding], None],
         progress: Callable[[Checked], None],
     ) -> None:
         self._storage = storage
-        self._picture = picture
+        self._pictures = pictures
         self._found = found
         self._progress = progress
         self._checked = Checked()
 
     async def run(self) -> Checked:
         await self._check_sessions()
-        files = self._picture()
-        try:
+        with self._pictures() as pictures:
             async with self._storage.snapshot() as snapshot:
                 held = await self._check_quarantine(snapshot)
-                await self._check_log(snapshot, files, held)
-        finally:
-            if files is not None:
-                files.close()
+                await self._check_journals(snapshot, pictures, held)
         return self._checked
 
     def _tell(
@@ -253,75 +254,100 @@ class _Check:
             return None
         return head.session.sequence if head is not None and head.session.incarnation == incarnation else 0
 
-    # Journal
+    # Journals
 
-    async def _check_log(self, snapshot: Snapshot, files: JournalFiles | None, held: dict[str, _Held]) -> None:
+    async def _check_journals(
+        self, snapshot: Snapshot, pictures: Sequence[JournalFiles], held: dict[str, _Held]
+    ) -> None:
         lease = await snapshot.lease()
+        found: list[tuple[JournalFiles, Directory]] = []
+        for files in pictures:
+            with self._telling_errors():
+                found.append((files, read_directory(files, None if lease is None else lease.journal_id)))
+        if len(found) == len(pictures):  # else nobody can tell whether the holder's is among them
+            self._check_holder(lease, [directory for _, directory in found])
+        for files, directory in found:
+            with self._telling_errors():
+                await self._check_journal(snapshot, lease, files, directory, held)
+
+    @contextmanager
+    def _telling_errors(self) -> Iterator[None]:
+        """A journal that can't be read, or is not this database's, is a finding, and the others are looked at."""
         try:
-            directory = None if files is None else read_directory(files, None if lease is None else lease.journal_id)
-            self._check_holder(lease, directory)
-            if files is None or directory is None or not await self._pairs(snapshot, lease, files, directory):
-                return
-            for sequence in conflicts(files, directory, snapshot.watermark):
-                self._tell("is in the journal twice, and differently", sequence=sequence)
-            await self._check_changes(snapshot, directory, held)
-            for (name, offset), damage in directory.damage.items():
-                if not damage.torn:
-                    self._tell(f"{name} of the journal is damaged at byte {offset}: {damage.end - damage.start} bytes")
+            yield
         except JournalError as error:
             self._tell(str(error))
 
-    def _check_holder(self, lease: LeaseRow | None, directory: Directory | None) -> None:
+    def _check_holder(self, lease: LeaseRow | None, directories: Sequence[Directory]) -> None:
         if lease is None or lease.holder is None or lease.journal_id is None:
             return
-        if directory is None or directory.journal_id != lease.journal_id:
-            place = "there is no journal here" if directory is None else f"{directory.place} is another one"
+        if lease.journal_id not in [directory.journal_id for directory in directories]:
+            place = "there is no journal here"
+            if directories:
+                others = " and ".join(directory.place for directory in directories)
+                place = f"{others} {'is another one' if len(directories) == 1 else 'are others'}"
             self._tell(
                 f"{lease.holder} has, or had when it died, the journal {lease.journal_id}, and {place}: what only that "
                 "one holds comes back when it is opened"
             )
 
-    async def _pairs(
-        self, snapshot: Snapshot, lease: LeaseRow | None, files: JournalFiles, directory: Directory
-    ) -> bool:
-        """Whether journal and database belong together: by the rules by which they are opened."""
+    async def _check_journal(
+        self,
+        snapshot: Snapshot,
+        lease: LeaseRow | None,
+        files: JournalFiles,
+        directory: Directory,
+        held: dict[str, _Held],
+    ) -> None:
+        """Whether journal and database belong together, by the rules by which they are opened; and what it has more."""
         if directory.journal_id is None or not directory.segments:
-            return False
+            return
         row = await snapshot.journal(directory.journal_id)
         if row is not None and row.sequence > snapshot.watermark:
             self._tell(f"the journal is stored up to {row.sequence}, the database has all up to {snapshot.watermark}")
         found = Found(snapshot.watermark, lease, row)
-        try:
-            check_pairing(directory, found, self._storage.abilities)
-        except JournalMismatch as error:
-            self._tell(str(error))
-            return False
+        check_pairing(directory, found, self._storage.abilities)
         overtaken = overtaken_in(files, directory, found, self._storage.abilities)
-        if overtaken is not None and next(directory.frames(after=overtaken.stored), None) is not None:
+        stored = snapshot.watermark if overtaken is None else overtaken.stored
+        if overtaken is not None and next(directory.frames(after=stored), None) is not None:
             self._tell(
-                f"the journal {directory.place} has changes {overtaken.stored + 1} to {directory.end} that the "
-                f"database lacks, and another runtime has written up to {found.watermark} since: they come in late "
-                "when the journal is opened"
+                f"the journal {directory.place} has changes {stored + 1} to {directory.end} that the database lacks, "
+                f"and another runtime has written up to {found.watermark} since: they come in late when the journal is "
+                "opened"
             )
-            return False
-        return True
+        for sequence in conflicts(files, directory, stored):
+            self._tell(f"is in the journal {directory.place} twice, and differently", sequence=sequence)
+        if overtaken is None:
+            await self._check_changes(snapshot, directory, held)
+        else:
+            async for _ in self._changes(directory, stored):
+                """What they follow is seen when they come in."""
+        for (name, offset), damage in directory.damage.items():
+            if not damage.torn:
+                size = damage.end - damage.start
+                self._tell(f"{name} of the journal {directory.place} is damaged at byte {offset}: {size} bytes")
 
-    async def _check_changes(self, snapshot: Snapshot, directory: Directory, held: dict[str, _Held]) -> None:
-        """The changes that are not stored: each follows the one before it of its session, in the journal or stored."""
-        last: dict[str, int | None] = {}
-        quarantined = {sequence for session in held.values() for sequence in session.sequences}
-        for number, item in enumerate(directory.frames(after=snapshot.watermark)):
+    async def _changes(self, directory: Directory, stored: int) -> AsyncIterator[Change]:
+        """The changes that are not stored, as far as they can be read."""
+        for number, item in enumerate(directory.frames(after=stored)):
             if number % _CHANGES_PER_TURN == 0:
                 await checkpoint()
                 self._progress(self._checked)
             if isinstance(item, Gap):
                 more = f", and so are all up to {item.last}" if item.last > item.first else ""
-                self._tell(f"is lost{more}: not to be read from the journal", sequence=item.first)
+                problem = f"is lost{more}: not to be read from the journal {directory.place}"
+                self._tell(problem, sequence=item.first)
                 continue
             self._checked.changes += 1
-            change = self._decoded(item)
-            if change is None:
-                continue
+            change = self._decoded(item, directory)
+            if change is not None:
+                yield change
+
+    async def _check_changes(self, snapshot: Snapshot, directory: Directory, held: dict[str, _Held]) -> None:
+        """The changes that are not stored: each follows the one before it of its session, in the journal or stored."""
+        last: dict[str, int | None] = {}
+        quarantined = {sequence for session in held.values() for sequence in session.sequences}
+        async for change in self._changes(directory, snapshot.watermark):
             if change.resolves is not None and change.resolves not in quarantined:
                 problem = f"resolves change {change.resolves}, which is not in quarantine"
                 self._tell(problem, session_id=change.session_id, sequence=change.sequence)
@@ -337,14 +363,15 @@ class _Check:
                 )
             last[change.incarnation] = None if change.deleted else change.sequence
 
-    def _decoded(self, frame: Frame) -> Change | None:
+    def _decoded(self, frame: Frame, directory: Directory) -> Change | None:
         try:
             change = decode_change(frame.payload)
         except msgspec.MsgspecError:
-            self._tell("is whole in the journal, but can't be read", sequence=frame.sequence)
+            self._tell(f"is whole in the journal {directory.place}, but can't be read", sequence=frame.sequence)
             return None
         if change.sequence != frame.sequence:
-            self._tell(f"is written under the sequence {frame.sequence}", sequence=change.sequence)
+            problem = f"is written under the sequence {frame.sequence} in the journal {directory.place}"
+            self._tell(problem, sequence=change.sequence)
             return None
         return change
 

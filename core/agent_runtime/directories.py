@@ -36,6 +36,7 @@ __all__ = [
     "holder_of",
     "journal_files",
     "journal_place",
+    "journal_places",
     "overtaken_in",
     "take",
     "take_directories",
@@ -120,6 +121,15 @@ def journal_place(config: Config, abilities: Abilities) -> Path | None:
     """Where the journal would lie, whether it is switched on or not; None: nobody says."""
     place = config.journal.directory or abilities.journal_directory
     return None if place is None else Path(place).absolute()
+
+
+def journal_places(config: Config, abilities: Abilities) -> list[Path]:
+    """Where journals may lie, in order: the first as `journal_place` says, then those that are there beside it, unless
+    the configuration names the one. Empty: nobody says."""
+    first = journal_place(config, abilities)
+    if first is None:
+        return []
+    return [first] if config.journal.directory else [first, *_beside(first)]
 
 
 def journal_files(config: Config, abilities: Abilities) -> JournalFiles | None:
@@ -276,5 +286,6 @@ def _numbered(first: Path) -> Iterator[Path]:
 def _beside(first: Path) -> list[Path]:
     """The directories that are there, besides the first one, in order."""
     pattern = re.compile(re.escape(first.name) + r"\.([1-9][0-9]*)")
-    found = {int(match[1]): path for path in first.parent.iterdir() if (match := pattern.fullmatch(path.name))}
+    paths = first.parent.iterdir() if first.parent.is_dir() else ()
+    found = {int(match[1]): path for path in paths if (match := pattern.fullmatch(path.name))}
     return [found[number] for number in sorted(found)]

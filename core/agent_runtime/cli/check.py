@@ -1,4 +1,4 @@
-"""`agent-runtime check`: whether database and journal can be as they are."""
+"""`agent-runtime check`: whether database and journals can be as they are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import typer
 
 from ..check import Checked, Finding, check
 from ..config import Config
-from ..directories import journal_place
+from ..directories import journal_places
 from ..storage import Storage
 from .exits import FAILED, Failure
 from .options import AsJson, ConfigFile, StorageUrl, load
-from .reading import read, still, undisturbed
+from .reading import pictures, read, undisturbed
 from .terminal import is_terminal, progress
 from .text import json_line, visible
 
@@ -21,10 +21,11 @@ __all__ = ["check_all"]
 
 
 def check_all(as_json: AsJson = False, config_file: ConfigFile = None, storage: StorageUrl = None) -> None:
-    """Check the database and the journal against each other.
+    """Check the database and its journals against each other.
 
     Every session's messages, switches and context against what it says of them; changes that are not stored against the
-    sessions that they belong to; quarantine, watermarks, and whether journal and database belong together. Each finding
+    sessions that they belong to; quarantine, watermarks, and whether journals and database belong together. That is the
+    journal in journal.directory, or, beside an SQLite file, each one that is there, also <file>.journal.2. Each finding
     is a line that names session, seq and change; with --json a JSON object, and one more with the totals.
 
     Nothing is locked or changed, so it may be done while a server runs. The exit code is 1 if anything was found.
@@ -47,7 +48,6 @@ async def _check(storage: Storage, *, config: Config, as_json: bool) -> Checked:
     async with storage.snapshot() as snapshot:
         if await snapshot.lease() is None:
             raise Failure("the database is new: no runtime ever had it open; is storage.url right?")
-    place = journal_place(config, storage.abilities)
     output = sys.stdout  # a bar takes its place, which moves out of the way of what is shown, but not of what is piped
 
     def tell(finding: Finding) -> None:
@@ -57,7 +57,7 @@ async def _check(storage: Storage, *, config: Config, as_json: bool) -> Checked:
     with undisturbed("agent_runtime.journal"), progress("checking", None) as told:
         return await check(
             storage,
-            lambda: None if place is None else still(place),
+            lambda: pictures(journal_places(config, storage.abilities)),
             found=tell,
             progress=lambda so_far: told(_so_far(so_far), so_far.sessions + so_far.changes),
         )

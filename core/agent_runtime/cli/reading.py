@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from ..journal.still import StillFiles
 from ..storage import Storage
 from .running import opened
 
-__all__ = ["read", "still", "undisturbed"]
+__all__ = ["pictures", "read", "undisturbed"]
 
 T = TypeVar("T")
 
@@ -31,18 +31,24 @@ def read(config: Config, work: Callable[[Storage], Awaitable[T]]) -> T:
     return anyio.run(done)
 
 
-def still(place: Path) -> StillFiles | None:
-    """The journal's directory as it is now; None: there is none. To be closed.
+@contextmanager
+def pictures(places: Iterable[Path]) -> Iterator[list[StillFiles]]:
+    """The journals' directories as they are now: of these places, those at which there is one.
 
     Raises:
-        JournalError: it can't be read.
+        JournalError: one can't be read.
     """
-    try:
-        return StillFiles(place)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise JournalError(f"the journal's directory {place} can't be read: {error.strerror or error}") from error
+    with ExitStack() as stack:
+        taken = []
+        for place in places:
+            try:
+                taken.append(stack.enter_context(closing(StillFiles(place))))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                told = f"the journal's directory {place} can't be read: {error.strerror or error}"
+                raise JournalError(told) from error
+        yield taken
 
 
 @contextmanager
