@@ -32,7 +32,7 @@ from agent_runtime import (
     open_runtime,
 )
 from agent_runtime.journal import Frame, Journal
-from agent_runtime.journal.frames import scan, seed_of
+from agent_runtime.journal.frames import scan
 from agent_runtime.log import Log
 from agent_runtime.records import Durability
 from agent_runtime.storage import StorageFactory, Survival
@@ -345,7 +345,7 @@ class World:
         keeper = runtime._journal
         if keeper is None:
             raise Broken("there is no journal")
-        seed = seed_of(keeper.journal._header.journal)
+        seed = keeper.journal._seed
         for name, data in self.disk.contents().items():
             if name.endswith(".segment"):
                 for item in scan(io.BytesIO(data), seed):

@@ -105,7 +105,7 @@ def a_sequence_is_used_again_after_a_failed_write() -> Any:
         end = journal.end
         undo(journal, segment, last)
         journal.end = end
-        journal._voids.clear()
+        journal._segments.voids.clear()
 
     return patch.object(Journal, "_undo", forgetful)
 

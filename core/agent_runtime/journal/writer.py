@@ -1,4 +1,4 @@
-"""The journal as it is written: append, sync, cut.
+"""The journal as it is written: append, sync, cut. Its files are `written`'s; here is what they are for the log.
 
 Appending is one write to the page cache, which outlives the process; syncing takes it to the disk. A journal whose disk
 misbehaves keeps three rules:
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -33,8 +32,9 @@ from ..histograms import SECONDS, Histogram
 from ..identifiers import utc_now
 from .files import JournalFiles, SegmentFile
 from .frames import encode_frame, seed_of
-from .headers import Header, encode_headers, number_of, segment_name
+from .headers import Header, number_of
 from .segments import Directory
+from .written import WrittenSegment, WrittenSegments, short_write
 
 __all__ = ["Figures", "Journal"]
 
@@ -55,27 +55,6 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     syncs: Histogram
     failures: int
     full: bool
-
-
-class _Segment:
-    """A segment on the disk. `file` is open while it is written or not yet synced; `size` counts its good bytes."""
-
-    def __init__(self, name: str, size: int, first: int, last: int, file: SegmentFile | None = None) -> None:
-        self.name = name
-        self.size = size
-        self.first = first
-        self.last = last  # of the current one it is the journal's end
-        self.file = file
-        self.empty_size = size
-        self.synced_size = 0
-        self.named = False  # whether its name is known to be on the disk
-        self.repeats = False
-        self.stored_at: float | None = None
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
 
 class Journal:
@@ -100,19 +79,12 @@ class Journal:
         self.end = header.first - 1
         self.synced = self.end
         self._files = files
-        self._header = header
         self._segment_bytes = segment_bytes
-        self._retain_s = retain_s
         self._pending_bytes = pending_bytes
-        self._now = now
         self._clock = clock
         self._seed = seed_of(header.journal)
-        self._number = header.segment
-        self._voids = list(header.voids)
-        self._segments = _segments_of(directory, self.end)  # by number
-        self._unsynced: list[_Segment] = []
-        self._suspects: list[_Segment] = []  # whose sync failed, and that are not written again yet
-        self._current: _Segment | None = None  # None: the last one can't be appended to, and no new one could be made
+        self._segments = WrittenSegments(files, directory, header, retain_s=retain_s, now=now, clock=clock)
+        self._current: WrittenSegment | None = None  # None: no more to the last one, and no new one could be made
         self._write: Callable[[bytes], int] = _nowhere
         self._slow_size = 0  # an append that would make the current segment larger looks after space and rotation first
         self._last_sync_s = 0.0
@@ -195,8 +167,8 @@ class Journal:
     def figures(self) -> Figures:
         """The journal in numbers."""
         return Figures(
-            segments=len(self._segments),
-            bytes=sum(segment.size for segment in self._segments),
+            segments=self._segments.count,
+            bytes=self._segments.bytes,
             last_sync_s=self._last_sync_s,
             syncs=self._syncs.copy(),
             failures=self._failures,
@@ -236,14 +208,14 @@ class Journal:
             raise self._refusal(error) from error
         if written != len(data):
             self._undo(current, end)
-            raise self._refusal(_short(written, len(data)))
+            raise self._refusal(short_write(written, len(data)))
         current.size += written
         self.end = end
         if self._full:
             self._full = False
             logger.warning("the journal in %s has room again", self._files.place)
 
-    def _prepare(self, size: int) -> _Segment:
+    def _prepare(self, size: int) -> WrittenSegment:
         """See that there is room, and a segment to append to."""
         if self._closed:
             raise JournalError(f"the journal in {self._files.place} is closed")
@@ -279,7 +251,7 @@ class Journal:
             self._set_full()
         return refusal
 
-    def _undo(self, segment: _Segment, last: int) -> None:
+    def _undo(self, segment: WrittenSegment, last: int) -> None:
         """A write has failed that would have brought changes up to `last`: nothing of it may ever be read."""
         try:
             if segment.file is not None:
@@ -291,7 +263,7 @@ class Journal:
                 self._files.place,
                 error.strerror or error,
             )
-            self._voids.append((self.end + 1, last))
+            self._segments.voids.append((self.end + 1, last))
             self._retire()
             self.end = last
             self._try_to_rotate()
@@ -299,7 +271,7 @@ class Journal:
     def _retire(self) -> None:
         """Nothing more is appended to the current segment."""
         if self._current is not None:
-            self._current.last = self.end
+            self._current.finish(self.end)
             self._current = None
             self._write = _nowhere
 
@@ -310,7 +282,7 @@ class Journal:
         except JournalError as error:
             logger.error("no new segment yet: %s", error)
 
-    def _rotate(self) -> _Segment:
+    def _rotate(self) -> WrittenSegment:
         """Append to a new segment from now on. It is synced with the next sync."""
         segment, file = self._create(self.end + 1)
         self._retire()
@@ -319,42 +291,12 @@ class Journal:
         self._slow_size = 0
         return segment
 
-    def _create(self, first: int) -> tuple[_Segment, SegmentFile]:
+    def _create(self, first: int) -> tuple[WrittenSegment, SegmentFile]:
         """A new segment with nothing but its header."""
-        self._number += 1
-        name = segment_name(self._number)
-        header = msgspec.structs.replace(
-            self._header, segment=self._number, first=first, voids=tuple(self._voids), created_at=self._now()
-        )
-        data = encode_headers(header)
         try:
-            file = self._files.create(name)
-            segment = _Segment(name, len(data), first, first - 1, file)
-            self._segments.append(segment)
-            try:
-                written = file.write(data)
-                if written != len(data):
-                    raise _short(written, len(data))
-            except OSError:
-                self._discard(segment)
-                raise
+            return self._segments.create(first)
         except OSError as error:
             raise self._refusal(error) from error
-        self._unsynced.append(segment)
-        return segment, file
-
-    def _discard(self, segment: _Segment) -> None:
-        """Remove a segment that nothing depends on; one that can't be removed is left to be cut."""
-        segment.close()
-        for segments in (self._unsynced, self._suspects):
-            if segment in segments:
-                segments.remove(segment)
-        try:
-            self._files.unlink(segment.name)
-        except OSError as error:
-            logger.warning("could not remove %s in %s: %s", segment.name, self._files.place, error.strerror or error)
-        else:
-            self._segments.remove(segment)
 
     async def sync(self, unstored: Callable[[], Iterable[tuple[int, bytes]]]) -> int:
         """Take what was appended before the call to the disk. Returns `synced`.
@@ -369,7 +311,7 @@ class Journal:
         target = self.end
         started_at = self._clock()
         await self._sync_all()
-        if self._suspects:
+        if self._segments.suspects:
             await self._write_again(unstored)
         if self._closed:
             raise JournalError(f"the journal in {self._files.place} is closed")
@@ -380,30 +322,10 @@ class Journal:
 
     async def _sync_all(self) -> None:
         """Sync files and names. What can't be synced is suspect from then on, and appended to no more."""
-        for segment in list(self._unsynced):
-            size = segment.size
-            if segment.file is not None and segment.synced_size < size:
-                try:
-                    await segment.file.sync()
-                except OSError as error:
-                    self._distrust([segment], error)
-                else:
-                    segment.synced_size = size
-        unnamed = [segment for segment in self._unsynced if not segment.named]
-        if unnamed:
-            try:
-                await self._files.sync_directory()
-            except OSError as error:
-                self._distrust(unnamed, error)
-            else:
-                for segment in unnamed:
-                    segment.named = True
-        for segment in list(self._unsynced):
-            if segment is not self._current and segment.named and segment.synced_size == segment.size:
-                segment.close()
-                self._unsynced.remove(segment)
+        async for segments, error in self._segments.sync():
+            self._distrust(segments, error)
 
-    def _distrust(self, segments: Sequence[_Segment], error: OSError) -> None:
+    def _distrust(self, segments: Sequence[WrittenSegment], error: OSError) -> None:
         self._failures += 1
         logger.error(
             "could not sync %s in %s: %s; what the database does not have is written again",
@@ -414,12 +336,7 @@ class Journal:
         for segment in segments:
             if segment is self._current:
                 self._retire()
-            segment.close()
-            self._unsynced.remove(segment)
-            if segment.size > segment.empty_size:
-                self._suspects.append(segment)
-            else:
-                self._discard(segment)  # or a disk that fails for hours fills with headers
+            self._segments.distrust(segment)
         if self._current is None:
             self._try_to_rotate()
 
@@ -427,7 +344,7 @@ class Journal:
         """Bring what the suspect segments hold, and the database does not, to the disk in a new one."""
         if self._current is None:
             self._rotate()
-        suspects = list(self._suspects)
+        suspects = self._segments.suspects
         low = min(segment.first for segment in suspects)
         high = max(segment.last for segment in suspects)
         changes = (change for change in unstored() if low <= change[0] <= high)
@@ -438,33 +355,34 @@ class Journal:
             try:
                 await self._copy(chain((first,), changes), segment, file)
             except OSError as error:
-                self._discard(segment)
+                self._segments.discard(segment)
                 raise self._refusal(error) from error
             except BaseException:
-                self._discard(segment)
+                self._segments.discard(segment)
                 raise
         for suspect in suspects:  # a copy that could not be synced is of no use any more
             if suspect.repeats:
-                self._discard(suspect)
-        suspects = list(self._suspects)
+                self._segments.discard(suspect)
+        suspects = self._segments.suspects
         await self._sync_all()
-        if self._suspects != suspects:
+        if self._segments.suspects != suspects:
             raise JournalError(f"the journal in {self._files.place} could not be synced, in new files either")
-        self._suspects.clear()
+        self._segments.trust()
         logger.warning("the journal in %s is synced again, in new files", self._files.place)
 
-    async def _copy(self, changes: Iterable[tuple[int, bytes]], segment: _Segment, file: SegmentFile) -> None:
+    async def _copy(self, changes: Iterable[tuple[int, bytes]], segment: WrittenSegment, file: SegmentFile) -> None:
         pause_at = segment.size + _TURN_BYTES
         for sequence, payload in changes:
             data = encode_frame(sequence, payload, self._seed)
             written = file.write(data)
             if written != len(data):
-                raise _short(written, len(data))
+                raise short_write(written, len(data))
             segment.size += written
             segment.last = sequence
             if segment.size >= pause_at:
                 pause_at = segment.size + _TURN_BYTES
                 await checkpoint()
+        segment.finish(segment.last)
 
     async def cut(self, stored: int) -> None:
         """Remove the segments of which every change is stored, the oldest first.
@@ -472,19 +390,7 @@ class Journal:
         The newest is kept, and the newest that is known to be on the disk: should a power loss leave nothing else, that
         one's header still tells which journal this is. What can't be removed is left for the next call.
         """
-        now = self._clock()
-        newest = self._current or self._segments[-1]
-        known = (segment for segment in (newest, *reversed(self._segments)) if segment.named and segment.synced_size)
-        kept = (newest, next(known, None))
-        done = [segment for segment in self._segments if segment not in kept and segment.last <= stored]
-        for segment in sorted(done, key=lambda segment: segment.last):
-            if segment.stored_at is None:
-                segment.stored_at = now
-            if now - segment.stored_at >= self._retain_s:
-                self._discard(segment)
-                await checkpoint()
-        first = min(segment.first for segment in self._segments)
-        self._voids = [void for void in self._voids if void[1] >= min(first, stored + 1)]
+        await self._segments.cut(stored)
 
     async def erase(self, stored: int, upto: int) -> bool:
         """As `cut`, whatever is to be retained, and with the newest segment ended before that if it begins at or before
@@ -494,11 +400,8 @@ class Journal:
         if current is not None and current.size > current.empty_size and current.first <= upto:
             self._try_to_rotate()
             await self._sync_all()
-        for segment in self._segments:
-            if segment is not self._current:
-                segment.stored_at = -math.inf
-        await self.cut(stored)
-        return all(segment.first > upto for segment in self._segments)
+        await self._segments.cut(stored, retain=False)
+        return self._segments.first > upto
 
     async def finish(self, stored: int) -> None:
         """As `cut`, and of the newest segment leave a header only: by that the next opening knows the journal."""
@@ -511,9 +414,7 @@ class Journal:
         """Close the segments, as they are. Nothing is appended any more; the directory stays its opener's."""
         self._closed = True
         self._retire()
-        for segment in self._segments:
-            segment.close()
-        self._unsynced.clear()
+        self._segments.close()
 
 
 def _with_lost_tail(directory: Directory, stored: int) -> tuple[tuple[int, int], ...]:
@@ -524,30 +425,8 @@ def _with_lost_tail(directory: Directory, stored: int) -> tuple[tuple[int, int],
     return directory.voids if known >= directory.end else (*directory.voids, (known + 1, directory.end))
 
 
-def _segments_of(directory: Directory, end: int) -> list[_Segment]:
-    """The segments that are there already, by number. One that can't be read goes with those before it."""
-    found = {
-        segment.name: _Segment(
-            segment.name, segment.size, segment.first, max(segment.first - 1, directory.last(segment))
-        )
-        for segment in directory.segments
-    }
-    last = end
-    for name in sorted([*found, *directory.unreadable], reverse=True):
-        if name in found:
-            last = found[name].first - 1
-        else:
-            found[name] = _Segment(name, 0, last + 1, last)
-    return [found[name] for name in sorted(found)]
-
-
 def _nowhere(data: bytes) -> int:
     raise OSError(errno.EBADF, f"no segment is open to take {len(data)} bytes")
-
-
-def _short(written: int, size: int) -> OSError:
-    """The error of a short write: disks are short when they are full."""
-    return OSError(errno.ENOSPC, f"only {written} of {size} bytes were written")
 
 
 def _failure(place: str, what: str, error: OSError) -> JournalError:
