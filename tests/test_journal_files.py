@@ -594,6 +594,24 @@ async def test_an_unfinished_segment_that_stays_harms_nobody(path: Path, files: 
     again.close()
 
 
+async def test_an_unfinished_segment_that_stays_is_cut_and_the_one_appended_to_is_not(
+    path: Path, files: Faulty
+) -> None:
+    journal = await begin(files, segment_bytes=1)
+    journal.append(changes(1))
+    files.fail("write", taken=700)
+    files.fail("unlink")
+    with pytest.raises(JournalError):
+        journal.append(changes(2))
+    journal.append(changes(2))
+    journal.append(changes(3))
+    await journal.cut(2)
+    assert segments(path) == [1, 4]
+    await journal.sync(nothing)
+    journal.close()
+    assert read(path, 2) == [3]
+
+
 # Syncs that fail
 
 
