@@ -84,6 +84,8 @@ async def test_a_request_is_shown_only_once_it_is_stored() -> None:
         assert await session.approvals(status=None) == []
         with pytest.raises(ApprovalNotFound):
             await session.approval(unstored.approval_id)
+        (document,) = (await session.list_documents(APPROVALS)).items  # as every read, it shows what was accepted
+        assert document.key == unstored.approval_id
 
         async def watch() -> None:
             while not (found := await session.approvals()):

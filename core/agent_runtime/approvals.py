@@ -3,9 +3,11 @@
 An approval has an id of its own. Nothing asks for `call_id` to be unique: models repeat the ids of calls, within a
 session as well.
 
-Guarantees: a request is shown only once it is stored, so nobody decides what a crash could take back. It is decided
-once: approved as it was requested, approved with other arguments, or rejected; or it expires before anybody decides. Of
-many who decide at once one does, and the others learn what was decided.
+Guarantees: a request is shown only once it is stored, so nobody is asked to decide what a crash could take back. It is
+decided once: approved as it was requested, approved with other arguments, or rejected; or it expires before anybody
+decides. Of many who decide at once one does, and the others learn what was decided.
+
+Whoever reads the documents themselves sees what every read sees: all that was accepted, stored or not.
 """
 
 from __future__ import annotations
