@@ -183,6 +183,25 @@ async def test_batches_that_fail_and_calls_that_are_refused() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_batch_that_was_reported_as_failed_and_found_stored_counts() -> None:
+    faults = Faults()
+    async with running(faults) as runtime:
+        session = await runtime.create_session("s")
+        await session.append("user", "hi")
+        faults.fail("apply", nth=1, after_effect=True)
+        await runtime.flush()
+        flush, figures = runtime.status().flush, look(runtime)
+        assert (flush.failures, flush.batches, flush.changes, flush.last_changes) == (1, 1, 2, 2)
+        assert (figures("flush_changes_count"), figures("flush_changes_sum")) == (1, 2)
+        assert figures("flush_duration_seconds_count") == 0  # nobody knows how long it took
+        await session.append("user", "again", durability="stored")
+        flush, figures = runtime.status().flush, look(runtime)
+        assert (flush.batches, flush.changes, flush.last_changes) == (2, 3, 1)
+        assert (figures("flush_changes_count"), figures("flush_changes_sum")) == (2, 3)
+        assert figures("flush_duration_seconds_count") == 1
+
+
+@pytest.mark.anyio
 async def test_who_waits_for_room_is_seen() -> None:
     faults = Faults()
     limits = {"interval_s": NEVER_S, "pending_bytes_max": ROOM, "drain_timeout_s": 2.0}

@@ -92,7 +92,8 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlushFigures(msgspec.Struct, kw_only=True):
-    """What the scheduler has done so far. `durations` (in seconds) and `sizes` (in changes) are of stored batches."""
+    """What the scheduler has done so far. `sizes` (in changes) are of stored batches, `durations` (in seconds) of those
+    that the storage reported as stored: of one that it reported as failed nobody knows."""
 
     batches: int = 0
     changes: int = 0
@@ -334,16 +335,14 @@ class Scheduler:
                 f"{self._log.accepted}: somebody else writes to it"
             )
         logger.info("a batch reported as failed was stored after all, up to sequence %d", mismatch.found)
+        unstored = len(self._pending)
         self._advance(mismatch.found, batch)
+        self._count(unstored - len(self._pending))
 
     def _stored(self, receipt: Receipt, batch: Batch) -> None:
-        figures = self.figures
-        figures.batches += 1
-        figures.changes += receipt.changes
-        figures.last_changes = receipt.changes
-        figures.last_duration_s = receipt.duration_s
-        figures.durations.observe(receipt.duration_s)
-        figures.sizes.observe(receipt.changes)
+        self._count(receipt.changes)
+        self.figures.last_duration_s = receipt.duration_s
+        self.figures.durations.observe(receipt.duration_s)
         self._advance(batch.last, batch)
         logger.debug(
             "flushed %d change(s) of %d session(s) in %.0f ms",
@@ -352,6 +351,14 @@ class Scheduler:
             receipt.duration_s * 1000,
         )
         self._observers.batch_stored(receipt)
+
+    def _count(self, changes: int) -> None:
+        """A batch is stored, whether the storage said so or not."""
+        figures = self.figures
+        figures.batches += 1
+        figures.changes += changes
+        figures.last_changes = changes
+        figures.sizes.observe(changes)
 
     def _advance(self, sequence: int, batch: Batch) -> None:
         """Everything up to `sequence` is in the database."""

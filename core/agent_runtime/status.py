@@ -50,6 +50,7 @@ class PendingStatus(msgspec.Struct, frozen=True, kw_only=True):
 class FlushStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What was stored since the start, in how many batches; `durations` in seconds and `sizes` in changes are theirs.
 
+    A batch that was reported as failed, and found stored later, counts in `batches`, `changes` and `sizes` only.
     `failing_s`: for how long batches have failed; None when they don't. `last_error` then says why.
     """
 
