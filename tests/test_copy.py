@@ -23,6 +23,7 @@ from hypothesis import given
 from agent_runtime import InvalidInput, LeaseHeld, Quarantined, Runtime, StorageUnavailable, open_runtime_blocking
 from agent_runtime.changes import Batch, coalesce
 from agent_runtime.copying import Copied, Progress, copy, quiet
+from agent_runtime.directories import journal_places
 from agent_runtime.errors import ChangeRejected, JournalError, LeaseLost
 from agent_runtime.journal import LocalFiles
 from agent_runtime.storage import Storage, StorageConfig
@@ -109,15 +110,14 @@ async def copied(
 ) -> Copied:
     async with (
         source as from_storage,
-        quiet(from_storage, journal_of(from_storage)) as held,
+        quiet(from_storage, journals_of(from_storage)) as held,
         target as to_storage,
     ):
-        return await copy(held, to_storage, journal_of(to_storage), now=now or datetime.now(UTC))
+        return await copy(held, to_storage, journals_of(to_storage), now=now or datetime.now(UTC))
 
 
-def journal_of(storage: Storage) -> LocalFiles | None:
-    place = storage.abilities.journal_directory
-    return None if place is None else LocalFiles(place)
+def journals_of(storage: Storage) -> list[LocalFiles]:
+    return [LocalFiles(place) for place in journal_places(None, storage.abilities)]
 
 
 # --- a source with everything in it -----------------------------------------------------------------------------------
@@ -345,9 +345,9 @@ async def once(
     async with (
         database.open(CONFIG) as from_storage,
         other.open(CONFIG) as to_storage,
-        quiet(FaultyStorage(from_storage, source or Faults()), None) as held,
+        quiet(FaultyStorage(from_storage, source or Faults()), []) as held,
     ):
-        return await copy(held, FaultyStorage(to_storage, target or Faults()), None, now=datetime.now(UTC))
+        return await copy(held, FaultyStorage(to_storage, target or Faults()), [], now=datetime.now(UTC))
 
 
 @pytest.mark.usefixtures("tiny_batches")
@@ -485,9 +485,9 @@ async def begun(source: Path, target: Path, *, batches: int = 2) -> None:
     """A copy that ends after some batches."""
     faults = Faults()
     faults.fail("apply", nth=batches + 1)
-    async with sqlite(source) as storage, quiet(storage, journal_of(storage)) as held, sqlite(target) as other:
+    async with sqlite(source) as storage, quiet(storage, journals_of(storage)) as held, sqlite(target) as other:
         with pytest.raises(StorageUnavailable):
-            await copy(held, FaultyStorage(other, faults), None, now=datetime.now(UTC))
+            await copy(held, FaultyStorage(other, faults), [], now=datetime.now(UTC))
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -586,9 +586,16 @@ def test_a_new_source_is_a_mistake(shell: Shell) -> None:
     assert told.startswith("--to.reader: SQLite has no such option")
 
 
-def test_a_journal_with_changes_that_are_not_stored(shell: Shell, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["it", "empty", "none"])
+def test_a_journal_with_changes_that_are_not_stored(shell: Shell, tmp_path: Path, first: str) -> None:
+    """The first one beside the file, or a later one."""
     shell.database.unlink()
     leave_crash(tmp_path)
+    journal = Left(tmp_path).journal
+    if first != "it":
+        journal.rename(f"{journal}.2")
+    if first == "empty":
+        journal.mkdir()
     Left(tmp_path).sql("UPDATE partitions SET expires_at = 0")  # its holder, this process, is not dead
     command = ("copy", "--from", f"sqlite:///{shell.database}", "--to", "sqlite:///target.db")
     told = shell.fails(*command)
@@ -597,6 +604,16 @@ def test_a_journal_with_changes_that_are_not_stored(shell: Shell, tmp_path: Path
     assert not (tmp_path / "target.db").exists()
     assert shell.here("sessions", "list")[0]
     assert shell.here(*command)[0].endswith("the same on both sides\n")
+
+
+def test_the_journals_of_other_databases_are_named(shell: Shell, tmp_path: Path) -> None:
+    shell.database.unlink()
+    leave_crash(tmp_path)
+    left = Left(tmp_path)
+    shutil.copytree(left.journal, f"{left.journal}.2")
+    left.sql("UPDATE partitions SET expires_at = 0, journal_id = 'another'")
+    told = shell.fails("copy", "--from", f"sqlite:///{shell.database}", "--to", "sqlite:///target.db")
+    assert f"through the journal another, and {left.journal} and {left.journal}.2 are others: set journal.dir" in told
 
 
 async def test_a_journal_that_nobody_finds(tmp_path: Path) -> None:
@@ -611,10 +628,10 @@ async def test_a_journal_that_nobody_finds(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "journal", tmp_path / "another")
         for segment in (tmp_path / "another").glob("*.segment"):
             segment.unlink()
-        async with quiet(storage, LocalFiles(tmp_path / "another")):
+        async with quiet(storage, [LocalFiles(tmp_path / "another")]):
             pass
-        async with quiet(storage, LocalFiles(tmp_path / "journal")) as held:
-            assert not (await copy(held, other, None, now=datetime.now(UTC))).differing
+        async with quiet(storage, [LocalFiles(tmp_path / "journal")]) as held:
+            assert not (await copy(held, other, [], now=datetime.now(UTC))).differing
     async with place.open() as runtime:  # it is as it was
         assert await runtime.get_session("s")
 
@@ -628,7 +645,7 @@ async def test_a_runtime_that_is_cut_off_from_its_database(tmp_path: Path) -> No
             connection.commit()
         async with sqlite(place.path) as storage:
             with pytest.raises(LeaseHeld):
-                async with quiet(storage, LocalFiles(f"{place.path}.journal")):
+                async with quiet(storage, [LocalFiles(f"{place.path}.journal")]):
                     pass
 
 
@@ -638,13 +655,13 @@ async def test_a_lease_that_is_lost_ends_it(source: Path, tmp_path: Path, monkey
     faults.delay(0.5, "messages")
     async with sqlite(source) as storage, sqlite(source) as thief, sqlite(tmp_path / "target.db") as target:
         with pytest.raises(LeaseLost):
-            async with quiet(FaultyStorage(storage, faults), journal_of(storage)) as held:
+            async with quiet(FaultyStorage(storage, faults), journals_of(storage)) as held:
                 async with thief.snapshot() as snapshot:
                     lease = await snapshot.lease()
                 assert lease is not None
                 assert held.has(lease)
                 await thief.leases.acquire(claim(journal_id=lease.journal_id, reclaims=True))
-                await copy(held, target, None, now=datetime.now(UTC))
+                await copy(held, target, [], now=datetime.now(UTC))
 
 
 # --- found in the end -------------------------------------------------------------------------------------------------
@@ -740,10 +757,10 @@ async def test_batches_are_bounded_and_sessions_whole(monkeypatch: pytest.Monkey
     async with (
         database.open(CONFIG) as from_storage,
         other.open(CONFIG) as to_storage,
-        quiet(from_storage, None) as held,
+        quiet(from_storage, []) as held,
     ):
         assert (held.sessions, held.messages) == (6, 270)
-        await copy(held, FaultyStorage(to_storage, faults), None, now=datetime.now(UTC), progress=seen.append)
+        await copy(held, FaultyStorage(to_storage, faults), [], now=datetime.now(UTC), progress=seen.append)
     assert sizes == [("ab", 30), ("c", 30), ("d", 40), ("", 40), ("", 40), ("", 40), ("", 40), ("ef", 10)]
     assert seen[-1] == Progress("comparing", 6, 270)
     assert Progress("copying", 6, 270) in seen

@@ -4,8 +4,8 @@ What is copied are the rows that a snapshot shows: sessions with all that belong
 have not expired. Not what is deleted and waits for a purge, and not what is of one database alone: its id, its lease,
 its journals.
 
-Guarantees: nobody writes meanwhile, for both leases and the journals' directories are held. What the source's journal
-has and the source has not is never left behind: such a source is refused. In the end both sides are read and compared.
+Guarantees: nobody writes meanwhile, for both leases and the journals' directories are held. What the source's journals
+have and the source has not is never left behind: such a source is refused. In the end both sides are read and compared.
 A copy may be killed anywhere and run again; it goes on where it was.
 
 How it knows where that is: it takes the target's lease as a journal would, under an id that names the source and the
@@ -102,23 +102,23 @@ class Source(NamedTuple):
 
 
 @asynccontextmanager
-async def quiet(storage: Storage, journal: JournalFiles | None) -> AsyncIterator[Source]:
-    """Hold a database, so that nobody writes to it, and make sure that it has all that its journal has.
+async def quiet(storage: Storage, journals: Sequence[JournalFiles]) -> AsyncIterator[Source]:
+    """Hold a database, so that nobody writes to it, and make sure that it has all that its journals have.
 
-    `journal` is where that is, or would be; None: nobody says.
+    `journals` are where those are, or would be; empty: nobody says.
 
     Raises:
         LeaseHeld: somebody has it open.
         InvalidInput: nobody ever had it open, so it is hardly the right one.
-        JournalError: the journal has changes that the database lacks, or can't be found.
+        JournalError: a journal has changes that the database lacks, or can't be found.
         LeaseLost: while it was held, somebody has taken it.
     """
-    async with _locked(storage, journal):
+    async with _locked(storage, journals):
         lease = LeaseKeeper(storage.leases, _LEASE_S)
         row = await _hold(storage, lease)
         epoch, sequence = lease.grant.fence.epoch, lease.grant.sequence
         try:
-            await _check_stored(storage, journal, row, sequence)
+            await _check_stored(storage, journals, row, sequence)
             async with _renewed(lease):
                 sessions, messages = await _survey(storage)
                 yield Source(storage, row.database_id, epoch, sequence, sessions, messages)
@@ -170,17 +170,16 @@ async def _renewed(lease: LeaseKeeper) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _locked(storage: Storage, journal: JournalFiles | None) -> AsyncIterator[None]:
-    """Take the journal's directory, if there is one: away from its database a runtime goes on writing there."""
-    if journal is None:
-        yield
-        return
+async def _locked(storage: Storage, journals: Sequence[JournalFiles]) -> AsyncIterator[None]:
+    """Take the journals' directories that are there: away from its database a runtime goes on writing there."""
     try:
-        if _exists(journal) and not take(journal):
-            raise await holder_of(storage, journal)
+        for journal in journals:
+            if _exists(journal) and not take(journal):
+                raise await holder_of(storage, journal)
         yield
     finally:
-        journal.close()
+        for journal in journals:
+            journal.close()
 
 
 def _exists(journal: JournalFiles) -> bool:
@@ -193,35 +192,34 @@ def _exists(journal: JournalFiles) -> bool:
     return True
 
 
-async def _check_stored(storage: Storage, journal: JournalFiles | None, row: LeaseRow, sequence: int) -> None:
+async def _check_stored(storage: Storage, journals: Sequence[JournalFiles], row: LeaseRow, sequence: int) -> None:
     """Refuse a database that lacks what a journal has. `row` is its lease as it was before we took it."""
     last_id = None if row.journal_id is None or row.journal_id.startswith(_FORM) else row.journal_id
-    if journal is None:
+    if not journals:
         if last_id is not None:
             raise JournalError(
                 f"the database was last written through the journal {last_id}, which may have changes that it lacks: "
                 "set journal.directory to where that is"
             )
         return
-    if not _exists(journal):
-        return
-    directory = read_directory(journal, last_id)
-    if not directory.segments:
-        return
-    if last_id is not None and directory.journal_id != last_id:
+    found = [read_directory(journal, last_id) for journal in journals if _exists(journal)]
+    found = [directory for directory in found if directory.segments]
+    if found and last_id is not None and last_id not in [directory.journal_id for directory in found]:
+        others = " and ".join(directory.place for directory in found)
         raise JournalError(
-            f"the database was last written through the journal {last_id}, and {journal.place} is another one: "
-            "set journal.directory to where that is"
+            f"the database was last written through the journal {last_id}, and {others} "
+            f"{'is another one' if len(found) == 1 else 'are others'}: set journal.directory to where that is"
         )
-    async with storage.snapshot() as snapshot:
-        known = None if directory.journal_id is None else await snapshot.journal(directory.journal_id)
-    check_pairing(directory, Found(sequence, row, known), storage.abilities)
-    stored = sequence if known is None else known.sequence  # below `sequence` where another runtime has written since
-    if next(directory.frames(after=stored), None) is not None:
-        raise JournalError(
-            f"the journal {journal.place} has changes {stored + 1} to {directory.end} that the database lacks: open "
-            "the database once, as `agent-runtime sessions list` does, which stores them; then copy it"
-        )
+    for directory in found:
+        async with storage.snapshot() as snapshot:
+            known = None if directory.journal_id is None else await snapshot.journal(directory.journal_id)
+        check_pairing(directory, Found(sequence, row, known), storage.abilities)
+        stored = sequence if known is None else known.sequence  # below `sequence` where another has written since
+        if next(directory.frames(after=stored), None) is not None:
+            raise JournalError(
+                f"the journal {directory.place} has changes {stored + 1} to {directory.end} that the database lacks: "
+                "open the database once, as `agent-runtime sessions list` does, which stores them; then copy it"
+            )
 
 
 async def _survey(storage: Storage) -> tuple[int, int]:
@@ -242,19 +240,19 @@ async def _survey(storage: Storage) -> tuple[int, int]:
 async def copy(
     source: Source,
     target: Storage,
-    journal: JournalFiles | None,
+    journals: Sequence[JournalFiles],
     *,
     now: datetime,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Copied:
-    """Copy the source, or what of it is not there yet, and compare the two. `journal` is the target's, as in `quiet`.
+    """Copy the source, or what of it is not there yet, and compare the two. `journals` are the target's, as in `quiet`.
 
     Outcomes that have expired by `now` are left out. The target is free for others once it was found the same.
 
     Raises:
         InvalidInput: the target has something else in it.
         LeaseHeld: somebody has it open.
-        JournalError: its journal has changes that it lacks.
+        JournalError: one of its journals has changes that it lacks.
         ChangeRejected: it refuses a row.
         StorageError, LeaseLost: it stopped. Run again it goes on.
     """
@@ -262,8 +260,8 @@ async def copy(
         row = await snapshot.lease()
     if row is not None and source.has(row):
         raise InvalidInput("target", "is the database that is to be copied")
-    async with _locked(target, journal):
-        lease = await _begin(source, target, journal)
+    async with _locked(target, journals):
+        lease = await _begin(source, target, journals)
         work = _Copy(source, target, lease.grant, now, progress)
         try:
             copied = await work.run()
@@ -277,7 +275,7 @@ async def copy(
         return copied
 
 
-async def _begin(source: Source, target: Storage, journal: JournalFiles | None) -> LeaseKeeper:
+async def _begin(source: Source, target: Storage, journals: Sequence[JournalFiles]) -> LeaseKeeper:
     """Take the target's lease, if there is nothing in it, or this copy."""
     while True:
         async with target.snapshot() as snapshot:
@@ -285,8 +283,8 @@ async def _begin(source: Source, target: Storage, journal: JournalFiles | None) 
             empty = sequence == 0 and not await snapshot.sessions(limit=1)
         if not empty and (ours is None or ours.sequence != sequence):
             raise _foreign(source, row, ours)
-        if row is not None and journal is not None:
-            await _check_stored(target, journal, row, sequence)
+        if row is not None and journals:
+            await _check_stored(target, journals, row, sequence)
         lease = LeaseKeeper(target.leases, _UNFINISHED_S)
         await lease.acquire(_claim(source))
         if lease.grant.sequence == sequence:

@@ -123,13 +123,15 @@ def journal_place(config: Config, abilities: Abilities) -> Path | None:
     return None if place is None else Path(place).absolute()
 
 
-def journal_places(config: Config, abilities: Abilities) -> list[Path]:
-    """Where journals may lie, in order: the first as `journal_place` says, then those that are there beside it, unless
-    the configuration names the one. Empty: nobody says."""
-    first = journal_place(config, abilities)
-    if first is None:
+def journal_places(config: Config | None, abilities: Abilities) -> list[Path]:
+    """Where journals may lie, in order: the one that the configuration names, or else the default one and those that
+    are there beside it. Empty: nobody says."""
+    if config is not None and config.journal.directory:
+        return [Path(config.journal.directory).absolute()]
+    if abilities.journal_directory is None:
         return []
-    return [first] if config.journal.directory else [first, *_beside(first)]
+    first = Path(abilities.journal_directory).absolute()
+    return [first, *_beside(first)]
 
 
 def journal_files(config: Config, abilities: Abilities) -> JournalFiles | None:

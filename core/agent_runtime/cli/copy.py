@@ -15,9 +15,9 @@ from anyio.abc import TaskStatus
 
 from ..config import Config
 from ..copying import Copied, Progress, Source, copy, quiet
-from ..directories import journal_place
+from ..directories import journal_places
 from ..errors import InvalidInput, LeaseHeld
-from ..journal import JournalFiles, LocalFiles
+from ..journal import LocalFiles
 from ..plugins import PluginManager
 from ..storage import Storage, StorageConfig
 from .exits import SIGNALLED, Failure
@@ -45,9 +45,9 @@ def copy_all(
 ) -> None:
     """Copy all that a database has into another one, of whatever kind, to the letter.
 
-    Neither may be open: the copy holds both. What the journal of the one to copy has must be stored. The configuration
-    is that database's: its options, and the directory of its journal. The other one is not made its successor anywhere:
-    that is what storage.url is for.
+    Neither may be open: the copy holds both. What the journals of the one to copy have must be stored. The
+    configuration is that database's: its options, and the directory of its journal. The other one is not made its
+    successor anywhere: that is what storage.url is for.
 
     A copy that was interrupted goes on where it was when it is run again; until then nobody else can open its target.
     In the end both are read and compared, table by table, and the exit code is 1 if they differ.
@@ -81,14 +81,14 @@ async def _copy(config: Config, to_url: str) -> Copied:
                     done = so_far.sessions + so_far.messages + (total // 2 if so_far.stage == "comparing" else 0)
                     told(f"{so_far.stage}: {so_far.sessions} session(s), {so_far.messages} message(s)", done)
 
-                return await copy(source, target, _journal(target), now=datetime.now(UTC), progress=tell)
+                return await copy(source, target, _journals(target), now=datetime.now(UTC), progress=tell)
 
 
 @asynccontextmanager
 async def _source(config: Config) -> AsyncIterator[Source]:
     async with opened(config) as storage, AsyncExitStack() as stack:
         with _concerning("--from"):
-            source = await stack.enter_async_context(quiet(storage, _journal(storage, config)))
+            source = await stack.enter_async_context(quiet(storage, _journals(storage, config)))
         yield source
 
 
@@ -103,10 +103,9 @@ async def _target(config: Config, url: str) -> AsyncIterator[Storage]:
         yield target
 
 
-def _journal(storage: Storage, config: Config | None = None) -> JournalFiles | None:
-    """Where the journal of a database lies; the target's where the storage says, as nobody has configured it."""
-    place = storage.abilities.journal_directory if config is None else journal_place(config, storage.abilities)
-    return None if place is None else LocalFiles(place)
+def _journals(storage: Storage, config: Config | None = None) -> list[LocalFiles]:
+    """Where the journals of a database lie; the target's where the storage says, as nobody has configured it."""
+    return [LocalFiles(place) for place in journal_places(config, storage.abilities)]
 
 
 @contextmanager
