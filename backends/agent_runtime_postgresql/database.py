@@ -50,6 +50,20 @@ async def connect(settings: Settings) -> Driver:
     )
 
 
+async def _connection(settings: Settings) -> Connection:
+    """A new connection for the pool.
+
+    A pooler makes up the process that it greets with, as it will be several: only the server's own tells its real one.
+    """
+    driver = await connect(settings)
+    try:
+        process = await driver.fetchval("SELECT pg_backend_pid()")
+    except BaseException:
+        driver.terminate()
+        raise
+    return Connection(driver, prepares=process == driver.get_server_pid())
+
+
 class Database:
     """The pool. `name` is for messages, `readers_max` how many connections read."""
 
@@ -58,7 +72,7 @@ class Database:
         self.settings: Final = settings
         self.readers_max: Final = settings.pool_size - 1
         self._bridge = bridge
-        self._pool = Pool(functools.partial(connect, settings), settings.pool_size)
+        self._pool = Pool(functools.partial(_connection, settings), settings.pool_size)
         self._lease_s: float | None = None
         self._closed = False
 

@@ -1,8 +1,9 @@
 """Connections that wait for their next transaction; and the statements that each has run, as the server described them.
 
 The driver has a pool of its own, but forgets with every turn what it knows of a statement, and asks again. Here a
-statement is described once a connection. It stays unnamed all the same: its text goes along with its parameters, in one
-message, each time, so that the server keeps nothing of it, nor PgBouncer needs to.
+statement is described once a connection. Where the connection is the server's own, the server keeps it too, parsed and
+planned, which is 0.1 to 0.25 ms of each. Through a pooler (PgBouncer) it stays unnamed: its text goes along with its
+parameters, in one message, each time, so that the next server need not know it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ _CLOSE_TIMEOUT_S: Final = 5.0
 
 
 class Connection:
-    """A connection and its statements."""
+    """A connection and its statements. `prepares`: the server keeps them."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, *, prepares: bool) -> None:
         self.driver: Final = driver
+        self._prepares = prepares
         self.idle_since = 0.0
         self._described: dict[str, Any] = {}
 
@@ -48,7 +50,8 @@ class Connection:
     async def _statement(self, sql: str) -> Any:
         found = self._described.get(sql)
         if found is None:
-            found = self._described[sql] = await self.driver.prepare(sql, name="")
+            name = f"agent_runtime_{len(self._described)}" if self._prepares else ""
+            found = self._described[sql] = await self.driver.prepare(sql, name=name)
         return found
 
     def drop(self) -> None:
@@ -59,7 +62,7 @@ class Connection:
 class Pool:
     """`size` is how many connections its users take at most at a time; they see to that themselves."""
 
-    def __init__(self, connect: Callable[[], Awaitable[Driver]], size: int) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], size: int) -> None:
         self.size: Final = size
         self.in_use = 0
         self._connect = connect
@@ -75,7 +78,7 @@ class Pool:
                 if not connection.driver.is_closed() and time.monotonic() < connection.idle_since + _IDLE_S:
                     return connection
                 connection.drop()
-            return Connection(await self._connect())
+            return await self._connect()
         except BaseException:
             self.in_use -= 1
             raise
