@@ -111,22 +111,26 @@ async def test_settings_of_transactions_that_write(schema: str) -> None:
         }
 
 
-async def test_nothing_stays_in_a_connection(opener: Opener) -> None:
-    """So that PgBouncer may lend it to somebody else after each transaction."""
-    left = "SELECT (SELECT count(*) FROM pg_prepared_statements), current_setting('lock_timeout'), current_schema()"
+@pytest.mark.parametrize("pooled", [False, True], ids=["own", "pooled"])
+async def test_what_stays_in_a_connection(opener: Opener, monkeypatch: pytest.MonkeyPatch, *, pooled: bool) -> None:
+    """Nothing of a pooler's, which may lend it to somebody else after each transaction; statements in one's own."""
+    if pooled:  # it greets with a process of its own making
+        monkeypatch.setattr(asyncpg.Connection, "get_server_pid", lambda _: 4711)
+    left = "SELECT EXISTS (SELECT FROM pg_prepared_statements), current_setting('lock_timeout'), current_schema()"
     async with writing(opener) as writer:
         for number in range(3):
             await writer.create(f"session {number}", messages=2)
             await dump(writer.storage)
+        await writer.apply()
         assert isinstance(writer.storage, PostgresqlStorage)
-        database = writer.storage._database
+        database = writer.storage._readers._database
 
         async def look() -> list[tuple[Any, ...]]:
             idle = list(database._pool._idle)
             return [tuple(await connection.driver.fetchrow(left)) for connection in idle]
 
         found = await database.run(look)
-        assert found == [(0, "0", "public")] * len(found)
+        assert found == [(not pooled, "0", "public")] * len(found)
         assert found
 
 

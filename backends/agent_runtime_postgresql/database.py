@@ -19,7 +19,6 @@ import asyncpg
 
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.errors import StorageUnavailable
-from agent_runtime.storage import PoolFigures
 
 from .errors import is_lost, translated
 from .pool import Connection, Driver, Pool
@@ -72,7 +71,7 @@ class Database:
         self.settings: Final = settings
         self.readers_max: Final = settings.pool_size - 1
         self._bridge = bridge
-        self._pool = Pool(functools.partial(_connection, settings), settings.pool_size)
+        self._pool = Pool(functools.partial(_connection, settings))
         self._lease_s: float | None = None
         self._closed = False
 
@@ -164,9 +163,9 @@ class Database:
         finally:
             self._pool.put(connection)
 
-    def figures(self) -> PoolFigures:
-        """The pool as it is."""
-        return PoolFigures(size=self._pool.size, in_use=self._pool.in_use)
+    def give_back_soon(self, connection: Connection) -> None:
+        """Begin to `give_back`, from the caller's loop, and don't wait for it: the connection's next user does."""
+        self._bridge.call_soon(lambda: self._pool.put_after(self.give_back(connection)))
 
     async def close(self) -> None:
         """Close every connection."""

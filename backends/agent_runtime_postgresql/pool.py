@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeAlias
 
 import asyncpg
@@ -60,32 +60,34 @@ class Connection:
 
 
 class Pool:
-    """`size` is how many connections its users take at most at a time; they see to that themselves."""
+    """How many connections there are is for its users to see to, who take so many at most at a time."""
 
-    def __init__(self, connect: Callable[[], Awaitable[Connection]], size: int) -> None:
-        self.size: Final = size
-        self.in_use = 0
+    def __init__(self, connect: Callable[[], Awaitable[Connection]]) -> None:
         self._connect = connect
         self._idle: list[Connection] = []
+        self._returning: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def take(self) -> Connection:
-        """The connection that was used last, or a new one. To be put back."""
-        self.in_use += 1
-        try:
+        """The connection that was used last, or one that is being put back, or a new one. To be put back."""
+        while True:
             while self._idle:
                 connection = self._idle.pop()
                 if not connection.driver.is_closed() and time.monotonic() < connection.idle_since + _IDLE_S:
                     return connection
                 connection.drop()
-            return await self._connect()
-        except BaseException:
-            self.in_use -= 1
-            raise
+            if not self._returning:
+                return await self._connect()
+            await asyncio.wait(self._returning, return_when=asyncio.FIRST_COMPLETED)
+
+    def put_after(self, ending: Coroutine[Any, Any, None]) -> None:
+        """`ending` puts a connection back, when it has ended its transaction; nobody else waits for that."""
+        task = asyncio.create_task(ending)
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
 
     def put(self, connection: Connection) -> None:
         """Give a connection back, closed or outside of any transaction."""
-        self.in_use -= 1
         if self._closed:
             connection.drop()
         elif not connection.driver.is_closed():
@@ -94,6 +96,8 @@ class Pool:
 
     async def close(self) -> None:
         """Take leave of the server; connections in use are closed when they are put back."""
+        if self._returning:
+            await asyncio.wait(self._returning)
         self._closed = True
         idle, self._idle = self._idle, []
         await asyncio.gather(*map(_close, idle))

@@ -58,10 +58,16 @@ class _View:
         return await self._database.run(read)
 
     async def close(self) -> None:
-        """Give the connection back."""
+        """Give the connection back, and wait until nothing runs on it any more."""
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._database.run(self._database.give_back, connection)
+
+    def close_soon(self) -> None:
+        """Give the connection back, on which nothing runs."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._database.give_back_soon(connection)
 
 
 class Readers:
@@ -71,6 +77,11 @@ class Readers:
         self._database = database
         self._free = anyio.Semaphore(database.readers_max, fast_acquire=True)
 
+    @property
+    def in_use(self) -> int:
+        """How many connections it has lent."""
+        return self._database.readers_max - self._free.value
+
     @asynccontextmanager
     async def snapshot(self, partition: int) -> AsyncIterator[SqlSnapshot]:
         """Wait for a free connection, and fix a view."""
@@ -79,6 +90,8 @@ class Readers:
             try:
                 watermark = await view.open(partition)
                 yield SqlSnapshot(view.call, partition, watermark, lease=SELECT_LEASE, remaining=remaining_s)
-            finally:
+            except BaseException:
                 with anyio.CancelScope(shield=True):
                     await view.close()
+                raise
+            view.close_soon()

@@ -44,7 +44,7 @@ class PostgresqlStorage:
 
     def __init__(self, database: Database, writer: Writer, survives: Survival) -> None:
         self._abilities = Abilities(survives=survives)
-        self._database = database
+        self._size = database.settings.pool_size
         self._writer = writer
         self._readers = Readers(database)
         self._leases = PostgresqlLeases(writer)
@@ -67,7 +67,7 @@ class PostgresqlStorage:
         return await self._writer.run(purge, fence, now, rows_max)
 
     def figures(self) -> PoolFigures:
-        return self._database.figures()
+        return PoolFigures(size=self._size, in_use=self._readers.in_use + self._writer.in_use)
 
 
 @asynccontextmanager

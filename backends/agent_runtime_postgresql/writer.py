@@ -23,6 +23,11 @@ class Writer:
         self._database = database
         self._turn = anyio.Lock(fast_acquire=True)
 
+    @property
+    def in_use(self) -> int:
+        """How many connections it uses."""
+        return int(self._turn.locked())
+
     def heed_lease(self, duration_s: float) -> None:
         """See `Database.heed_lease`."""
         self._database.heed_lease(duration_s)
