@@ -154,6 +154,7 @@ async def cancel_calls(url: str, journal: str) -> None:
             async with AsyncExitStack() as views:
                 for _ in range(runtime.status().pool.size - 1):  # all that read; one writes
                     await views.enter_async_context(runtime._storage.snapshot())
+            await anyio.sleep(0.2)  # the views' connections are put back behind the readers' backs
             before = before or footprint()
         in_use = runtime.status().pool.in_use
         after = footprint()
