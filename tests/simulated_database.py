@@ -22,6 +22,7 @@ from agent_runtime.storage import (
     Abilities,
     Claim,
     Fence,
+    FirstReads,
     Grant,
     LeaseDesk,
     PoolFigures,
@@ -186,8 +187,8 @@ class _SimulatedStorage:
     def leases(self) -> LeaseDesk:
         return self
 
-    def snapshot(self, partition: int = 0) -> AbstractAsyncContextManager[Snapshot]:
-        return self._server.snapshot(partition)
+    def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AbstractAsyncContextManager[Snapshot]:
+        return self._server.snapshot(partition, first)
 
     async def apply(self, batch: Batch, fence: Fence) -> Receipt:
         self._database.begin()

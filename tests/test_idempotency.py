@@ -30,7 +30,7 @@ from agent_runtime import (
     open_runtime,
 )
 from agent_runtime.residents import OUTCOMES_MAX
-from agent_runtime.storage import Snapshot, Storage, StorageConfig, StorageFactory
+from agent_runtime.storage import FirstReads, Snapshot, Storage, StorageConfig, StorageFactory
 from agent_runtime.testing import Faults, FaultyStorage, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from places import Place, everything, forget, in_file, place_fixture
@@ -144,8 +144,8 @@ class SlowToEnd(FaultyStorage):
     """A storage whose views take a moment to be given back, as a database's do."""
 
     @asynccontextmanager
-    async def snapshot(self, partition: int = 0) -> AsyncIterator[Snapshot]:
-        async with super().snapshot(partition) as snapshot:
+    async def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AsyncIterator[Snapshot]:
+        async with super().snapshot(partition, first) as snapshot:
             yield snapshot
             for _ in range(3):
                 await checkpoint()

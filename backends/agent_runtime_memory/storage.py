@@ -21,6 +21,7 @@ from agent_runtime.storage import (
     Abilities,
     Claim,
     Fence,
+    FirstReads,
     Grant,
     LeaseDesk,
     PoolFigures,
@@ -102,7 +103,7 @@ class _MemoryStorage:
         return self
 
     @asynccontextmanager
-    async def snapshot(self, partition: int = 0) -> AsyncIterator[Snapshot]:
+    async def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AsyncIterator[Snapshot]:
         await checkpoint()
         view = View()
         snapshot = MemorySnapshot(self._partition(partition), view, self._contents.now, self._contents.database_id)

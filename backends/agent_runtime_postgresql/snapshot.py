@@ -13,7 +13,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import anyio
 
 from agent_runtime.errors import StorageUnavailable
-from agent_runtime_sql.snapshot import SqlSnapshot, read_watermark
+from agent_runtime.storage import FirstReads
+from agent_runtime_sql.snapshot import Foreseen, SqlSnapshot, foresee
 from agent_runtime_sql.transaction import Transaction
 
 from .database import Database
@@ -37,13 +38,13 @@ class _View:
         self._database = database
         self._connection: Connection | None = None
 
-    async def open(self, partition: int) -> int:
-        """Take a connection, fix the view; the watermark."""
-        return await self._database.run(self._open, partition)
+    async def open(self, partition: int, first: FirstReads) -> Foreseen:
+        """Take a connection, fix the view, and read what comes first, all in one call to the connection's loop."""
+        return await self._database.run(self._open, partition, first)
 
-    async def _open(self, partition: int) -> int:
+    async def _open(self, partition: int, first: FirstReads) -> Foreseen:
         self._connection = await self._database.begun(self._database.begin_reading())
-        return await read_watermark(PostgresqlTransaction(self._connection), partition)
+        return await foresee(PostgresqlTransaction(self._connection), partition, first)
 
     async def call(
         self, function: Callable[Concatenate[Transaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -83,13 +84,13 @@ class Readers:
         return self._database.readers_max - self._free.value
 
     @asynccontextmanager
-    async def snapshot(self, partition: int) -> AsyncIterator[SqlSnapshot]:
+    async def snapshot(self, partition: int, first: FirstReads) -> AsyncIterator[SqlSnapshot]:
         """Wait for a free connection, and fix a view."""
         async with self._free:
             view = _View(self._database)
             try:
-                watermark = await view.open(partition)
-                yield SqlSnapshot(view.call, partition, watermark, lease=SELECT_LEASE, remaining=remaining_s)
+                foreseen = await view.open(partition, first)
+                yield SqlSnapshot(view.call, partition, foreseen, lease=SELECT_LEASE, remaining=remaining_s)
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await view.close()

@@ -16,6 +16,7 @@ from agent_runtime.errors import StorageFatal, StorageUnavailable
 from agent_runtime.storage import (
     Abilities,
     Fence,
+    FirstReads,
     LeaseDesk,
     PoolFigures,
     Snapshot,
@@ -57,8 +58,8 @@ class PostgresqlStorage:
     def leases(self) -> LeaseDesk:
         return self._leases
 
-    def snapshot(self, partition: int = 0) -> AbstractAsyncContextManager[Snapshot]:
-        return self._readers.snapshot(partition)
+    def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AbstractAsyncContextManager[Snapshot]:
+        return self._readers.snapshot(partition, first)
 
     async def apply(self, batch: Batch, fence: Fence) -> Receipt:
         return await self._writer.run(apply_batch, batch, fence, datetime.now(UTC), WRITES)

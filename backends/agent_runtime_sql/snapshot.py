@@ -23,7 +23,7 @@ from agent_runtime.rows import (
     SessionRow,
     SwitchRow,
 )
-from agent_runtime.storage import HeadRows, JournalRow, LeaseRow, SessionKey
+from agent_runtime.storage import FirstReads, HeadRead, HeadRows, JournalRow, LeaseRow, MessagesRead, SessionKey
 
 from .apply import partition_row
 from .leases import Remaining, lease_row
@@ -45,7 +45,7 @@ from .reads import (
 from .transaction import Transaction
 from .writes import SEQ_MAX
 
-__all__ = ["Call", "SqlSnapshot", "read_watermark"]
+__all__ = ["Call", "Foreseen", "SqlSnapshot", "foresee"]
 
 Item = TypeVar("Item", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -63,10 +63,25 @@ class Call(Protocol):
         """Await `function(transaction, *args)`; raises StorageError when the snapshot is closed, or it fails."""
 
 
-async def read_watermark(transaction: Transaction, partition: int) -> int:
-    """The sequence that the partition stands at: the first thing to read, as it fixes the view."""
+class Foreseen(msgspec.Struct, frozen=True):
+    """What was read when a view was taken: its watermark, and what the caller means to read first."""
+
+    watermark: int
+    heads: Mapping[HeadRead, HeadRows | None]
+    pages: Mapping[MessagesRead, Sequence[MessageRow]]
+
+
+async def foresee(transaction: Transaction, partition: int, first: FirstReads = ()) -> Foreseen:
+    """Read the sequence that the partition stands at, as that fixes the view; then what is to be read first in it."""
     rows = await transaction.fetch(SELECT_SEQUENCE, {"partition": partition})
-    return rows[0][0] if rows else 0
+    heads: dict[HeadRead, HeadRows | None] = {}
+    pages: dict[MessagesRead, Sequence[MessageRow]] = {}
+    for read in first:
+        if isinstance(read, HeadRead):
+            heads[read] = await _head(transaction, partition, read)
+        else:
+            pages[read] = await _messages(transaction, partition, read)
+    return Foreseen(rows[0][0] if rows else 0, heads, pages)
 
 
 class SqlSnapshot:
@@ -75,26 +90,33 @@ class SqlSnapshot:
     `lease` selects the partition's row for `remaining`.
     """
 
-    def __init__(self, call: Call, partition: int, watermark: int, *, lease: Select[Any], remaining: Remaining) -> None:
+    def __init__(
+        self, call: Call, partition: int, foreseen: Foreseen, *, lease: Select[Any], remaining: Remaining
+    ) -> None:
         self._call = call
         self._partition = partition
-        self._watermark = watermark
+        self._foreseen = foreseen
         self._lease = lease
         self._remaining = remaining
 
     @property
     def watermark(self) -> int:
-        return self._watermark
+        return self._foreseen.watermark
 
     async def head(self, session_id: str, *, outcomes_max: int) -> HeadRows | None:
-        return await self._call(_head, self._partition, session_id, outcomes_max)
+        read = HeadRead(session_id=session_id, outcomes_max=outcomes_max)
+        if read in self._foreseen.heads:
+            return self._foreseen.heads[read]
+        return await self._call(_head, self._partition, read)
 
     async def messages(
         self, incarnation: str, *, after: int = 0, before: int | None = None, limit: int, order: Order = "asc"
     ) -> Sequence[MessageRow]:
-        bounds = {"after": after, "before": SEQ_MAX if before is None else before, "limit": limit}
-        place = {"partition": self._partition, "incarnation": incarnation}
-        return await self._call(_messages, incarnation, select_messages(order), {**place, **bounds})
+        read = MessagesRead(incarnation=incarnation, after=after, before=before, limit=limit, order=order)
+        for page, rows in self._foreseen.pages.items():
+            if (part := _part(page, rows, read)) is not None:
+                return part
+        return await self._call(_messages, self._partition, read)
 
     async def switches(self, incarnation: str) -> Sequence[SwitchRow]:
         return await self._rows(SwitchRow, SELECT_SWITCHES, incarnation=incarnation)
@@ -147,10 +169,27 @@ async def _rows(
     return await _made(kind, await transaction.fetch(statement, parameters))
 
 
-async def _messages(
-    transaction: Transaction, incarnation: str, statement: Select[Any], parameters: Mapping[str, Any]
-) -> list[MessageRow]:
-    return await _made(partial(MessageRow, incarnation), await transaction.fetch(statement, parameters))
+async def _messages(transaction: Transaction, partition: int, read: MessagesRead) -> list[MessageRow]:
+    parameters = {"partition": partition, **msgspec.structs.asdict(read), "before": _before(read)}
+    found = await transaction.fetch(select_messages(read.order), parameters)
+    return await _made(partial(MessageRow, read.incarnation), found)
+
+
+def _before(read: MessagesRead) -> int:
+    return SEQ_MAX if read.before is None else read.before
+
+
+def _part(page: MessagesRead, rows: Sequence[MessageRow], read: MessagesRead) -> Sequence[MessageRow] | None:
+    """What `read` finds, if the `rows` of a page that was read before have all of it."""
+    same = (page.incarnation, page.order) == (read.incarnation, read.order)
+    if not same or read.after < page.after or _before(read) > _before(page):
+        return None
+    if rows and (min(rows[0].seq, rows[-1].seq) <= read.after or max(rows[0].seq, rows[-1].seq) >= _before(read)):
+        found: Sequence[MessageRow] = [row for row in rows if read.after < row.seq < _before(read)]
+    else:
+        found = rows
+    whole = len(rows) < page.limit  # there are no others within the page's bounds
+    return found[: read.limit] if whole or len(found) >= read.limit else None
 
 
 async def _made(make: Callable[..., Item], found: Sequence[Sequence[Any]]) -> list[Item]:
@@ -162,18 +201,18 @@ async def _made(make: Callable[..., Item], found: Sequence[Sequence[Any]]) -> li
     return rows
 
 
-async def _head(transaction: Transaction, partition: int, session_id: str, outcomes_max: int) -> HeadRows | None:
-    found = await transaction.fetch(SELECT_HEAD, {"partition": partition, "session_id": session_id})
+async def _head(transaction: Transaction, partition: int, read: HeadRead) -> HeadRows | None:
+    found = await transaction.fetch(SELECT_HEAD, {"partition": partition, "session_id": read.session_id})
     if not found:
         return None
     has_outcomes, *values = found[0]
     session = SessionRow(*values[:_SESSION_COLUMNS])
     if values[_SESSION_COLUMNS] is None:
-        raise StorageFatal(f"the database is damaged: the session {session_id!r} has no context")
+        raise StorageFatal(f"the database is damaged: the session {read.session_id!r} has no context")
     outcomes: list[OutcomeRow] = []
-    if has_outcomes and outcomes_max:
-        newest = {"partition": partition, "scope": session.incarnation, "now": datetime.now(UTC), "limit": outcomes_max}
-        outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, newest)
+    if has_outcomes and read.outcomes_max:
+        newest = {"scope": session.incarnation, "now": datetime.now(UTC), "limit": read.outcomes_max}
+        outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, {"partition": partition, **newest})
     return HeadRows(session=session, context=ContextRow(*values[_SESSION_COLUMNS:]), outcomes=outcomes)
 
 

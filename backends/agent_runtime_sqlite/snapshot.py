@@ -17,7 +17,7 @@ from agent_runtime.bridge import on_cancel
 from agent_runtime.errors import StorageUnavailable
 from agent_runtime.process import this_process
 from agent_runtime_sql.reads import SELECT_PARTITION
-from agent_runtime_sql.snapshot import SqlSnapshot, read_watermark
+from agent_runtime_sql.snapshot import Foreseen, SqlSnapshot, foresee
 from agent_runtime_sql.transaction import Transaction
 
 from .database import Database
@@ -71,9 +71,9 @@ class Readers:
         """Wait for a free connection, and fix a view. Only the wait can be cancelled; the rest takes no time."""
         async with self._free:
             with anyio.CancelScope(shield=True):
-                view, watermark = await self._database.run(self._open, partition)
+                view, foreseen = await self._database.run(self._open, partition)
             try:
-                yield SqlSnapshot(view.call, partition, watermark, lease=SELECT_PARTITION, remaining=self._remaining)
+                yield SqlSnapshot(view.call, partition, foreseen, lease=SELECT_PARTITION, remaining=self._remaining)
             finally:
                 with anyio.CancelScope(shield=True):
                     await view.close()
@@ -81,15 +81,15 @@ class Readers:
     def _remaining(self, row: Mapping[str, Any]) -> float | None:
         return remaining_s(row, this_process().boot_id, self._clock())
 
-    async def _open(self, partition: int) -> tuple[_View, int]:
+    async def _open(self, partition: int) -> tuple[_View, Foreseen]:
         connection = await self._database.reader()
         try:
             driver = await driver_of(connection)
             await connection.begin()
             transaction = SqliteTransaction(connection, driver)
-            watermark = await read_watermark(transaction, partition)
+            foreseen = await foresee(transaction, partition)
         except BaseException:
             await connection.invalidate()
             await connection.close()
             raise
-        return _View(self._database, transaction, driver), watermark
+        return _View(self._database, transaction, driver), foreseen

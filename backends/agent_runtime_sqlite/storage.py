@@ -12,7 +12,15 @@ import anyio
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.filesystems import MOUNTS
-from agent_runtime.storage import Abilities, Fence, LeaseDesk, PoolFigures, Snapshot, StorageConfig
+from agent_runtime.storage import (
+    Abilities,
+    Fence,
+    FirstReads,
+    LeaseDesk,
+    PoolFigures,
+    Snapshot,
+    StorageConfig,
+)
 from agent_runtime_sql.apply import apply_batch, purge
 from agent_runtime_sql.schema import migrate, not_current
 
@@ -45,7 +53,7 @@ class SqliteStorage:
     def leases(self) -> LeaseDesk:
         return self._leases
 
-    def snapshot(self, partition: int = 0) -> AbstractAsyncContextManager[Snapshot]:
+    def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AbstractAsyncContextManager[Snapshot]:
         return self._readers.snapshot(partition)
 
     async def apply(self, batch: Batch, fence: Fence) -> Receipt:

@@ -42,7 +42,7 @@ from .records import Durability
 from .residents import OUTCOMES_MAX, Resident, Residents, Unknown
 from .rows import OutcomeRow
 from .scheduler import Pending, Scheduler
-from .storage import Snapshot, Storage
+from .storage import FirstReads, HeadRead, Snapshot, Storage
 
 __all__ = ["CREATION_SCOPE", "Door", "Plan", "Request"]
 
@@ -179,21 +179,21 @@ class Door:
 
     @asynccontextmanager
     async def reading(
-        self, session_id: str, incarnation: str, resident: Resident | None
+        self, session_id: str, incarnation: str, resident: Resident | None, first: FirstReads = ()
     ) -> AsyncIterator[tuple[Resident, Snapshot]]:
         """A session, and a view to lay its changes over; `resident` is what `find` said of it just now.
 
-        A session that has to be loaded is loaded in that same view.
+        A session that has to be loaded is loaded in that same view. `first` is what will be read first besides.
         """
         while resident is None and session_id in self._flights:
             await self._load(session_id)
             resident = self.find(session_id, incarnation)
         if resident is not None:
-            async with self.view(resident) as snapshot:
+            async with self.view(resident, first) as snapshot:
                 yield resident, snapshot
             return
         with self._flight(session_id) as land:
-            async with self.view(None) as snapshot:
+            async with self.view(None, [_head_of(session_id), *first]) as snapshot:
                 self.residents.admit(session_id, await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX))
                 resident = await self.resident(session_id, incarnation)  # at once
                 pin = self.residents.open_view(resident, self.log.stored)
@@ -213,7 +213,7 @@ class Door:
                 raise again(flight.error)
             return
         with self._flight(session_id, cold=cold):
-            async with self.view(None) as snapshot:
+            async with self.view(None, [_head_of(session_id)]) as snapshot:
                 rows = await snapshot.head(session_id, outcomes_max=OUTCOMES_MAX)
             # Not before: without room, the view's end would let it go again.
             self.residents.admit(session_id, rows, cold=cold)
@@ -239,8 +239,10 @@ class Door:
             land()
 
     @asynccontextmanager
-    async def view(self, resident: Resident | None) -> AsyncIterator[Snapshot]:
+    async def view(self, resident: Resident | None, first: FirstReads = ()) -> AsyncIterator[Snapshot]:
         """A view of the database over which the changes in memory may be laid until it is left.
+
+        `first` is what will be read in it first, if that is known.
 
         Until then the changes it may lack stay in memory, and keep their room in the budget: so it has limited time.
         """
@@ -248,7 +250,7 @@ class Door:
         view = self.residents.open_view(resident, start)
         try:
             with anyio.move_on_after(self._read_timeout_s) as limit:
-                async with self.storage.snapshot() as snapshot:
+                async with self.storage.snapshot(first=first) as snapshot:
                     if snapshot.watermark < start:
                         raise StorageUnavailable(
                             f"the database answers from {snapshot.watermark}, {start} is stored already"
@@ -442,3 +444,7 @@ class Door:
         """If it is that of a creation: it is given up."""
         if outcome.scope == CREATION_SCOPE:
             self._creations.pop(outcome.key, None)
+
+
+def _head_of(session_id: str) -> HeadRead:
+    return HeadRead(session_id=session_id, outcomes_max=OUTCOMES_MAX)

@@ -24,7 +24,7 @@ from .history import leading_message, limited_history
 from .records import AgentSwitch, Document, Message, Order, Page, Session
 from .residents import Resident, encode_to_keep, message_bytes
 from .rows import DocumentRow, MessageRow, SessionRow, SwitchRow
-from .storage import SessionKey, Snapshot
+from .storage import MessagesRead, SessionKey, Snapshot
 from .validation import check_id, check_time
 
 __all__ = ["Reads", "document_record", "read_message"]
@@ -91,6 +91,21 @@ def _session(row: SessionRow) -> Session:
 def _removed(resident: Resident) -> set[int]:
     """The seqs of messages that a view of the database may still have."""
     return {seq for change in resident.changes for seq in change.removed}
+
+
+def _foreseen(
+    incarnation: str,
+    resident: Resident | None,
+    *,
+    after: int = 0,
+    before: int | None = None,
+    limit: int,
+    order: Order = "asc",
+) -> MessagesRead:
+    """What a span will read first, or more than that: of a session that is not in memory it is not known how much."""
+    if resident is not None and (before is None or before > resident.tail_from):
+        before = resident.tail_from + 1
+    return MessagesRead(incarnation=incarnation, after=after, before=before, limit=limit, order=order)
 
 
 class _Span:
@@ -161,7 +176,11 @@ class Reads:
         if resident is not None:
             page = self._newer(resident, after or 0, limit) if order == "asc" else self._older(resident, after, limit)
         if page is None:
-            async with self._door.reading(session_id, incarnation, resident) as (resident, snapshot):
+            if order == "asc":
+                first = _foreseen(incarnation, resident, after=after or 0, limit=limit + 1)
+            else:
+                first = _foreseen(incarnation, resident, before=after, limit=limit + 1, order=order)
+            async with self._door.reading(session_id, incarnation, resident, [first]) as (resident, snapshot):
                 page = await (
                     self._read_newer(snapshot, resident, after or 0, limit)
                     if order == "asc"
@@ -255,11 +274,13 @@ class Reads:
                 history = self._history(resident, [], limit, at_start=whole)
                 if history is not None:
                     return finish(resident, history)
-        async with self._door.reading(session_id, incarnation, resident) as (resident, snapshot):
+        chunk = _CHUNK if limit is None else max(limit, 50)
+        first = _foreseen(incarnation, resident, limit=chunk, order="desc")
+        async with self._door.reading(session_id, incarnation, resident, [first]) as (resident, snapshot):
             span = _Span(snapshot, resident)
             while True:
                 if span.more:
-                    await span.read_older(_CHUNK if limit is None else max(limit, 50))
+                    await span.read_older(chunk)
                 if span.more and limit is None:
                     continue
                 if span.more and not resident.lead_known:

@@ -38,11 +38,14 @@ __all__ = [
     "Abilities",
     "Claim",
     "Fence",
+    "FirstReads",
     "Grant",
+    "HeadRead",
     "HeadRows",
     "JournalRow",
     "LeaseDesk",
     "LeaseRow",
+    "MessagesRead",
     "PoolFigures",
     "Scrubs",
     "SessionKey",
@@ -167,6 +170,27 @@ class SessionKey(msgspec.Struct, frozen=True):
     incarnation: str
 
 
+class HeadRead(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of `Snapshot.head`."""
+
+    session_id: str
+    outcomes_max: int
+
+
+class MessagesRead(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of `Snapshot.messages`."""
+
+    incarnation: str
+    after: int = 0
+    before: int | None = None
+    limit: int
+    order: Order = "asc"
+
+
+FirstReads: TypeAlias = Sequence[HeadRead | MessagesRead]
+"""What somebody who takes a snapshot means to read first in it."""
+
+
 class HeadRows(msgspec.Struct, frozen=True, kw_only=True):
     """What of a session is loaded on first touch. `outcomes` are its newest unexpired ones, newest first."""
 
@@ -264,8 +288,12 @@ class Storage(Protocol):
     def leases(self) -> LeaseDesk:
         """The lease of each partition."""
 
-    def snapshot(self, partition: int = 0) -> AbstractAsyncContextManager[Snapshot]:
-        """A consistent view; never waits for a batch that is being applied."""
+    def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AbstractAsyncContextManager[Snapshot]:
+        """A consistent view; never waits for a batch that is being applied.
+
+        `first` is what the caller means to read first, before it knows how far a page may go: a storage may fetch it
+        along with the view, which saves ways to a database. It need not; what is read is the same.
+        """
 
     async def apply(self, batch: Batch, fence: Fence) -> Receipt:
         """Store the batch, whole, in one transaction; move the sequence of the partition and of its journal.

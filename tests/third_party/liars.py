@@ -103,8 +103,8 @@ class Wrapping(FaultyStorage):
     wrapper: ClassVar[type[Wrapped]]
 
     @asynccontextmanager
-    async def snapshot(self, partition: int = 0) -> AsyncIterator[Any]:
-        async with super().snapshot(partition) as inner:
+    async def snapshot(self, partition: int = 0, first: Sequence[Any] = ()) -> AsyncIterator[Any]:
+        async with super().snapshot(partition, first) as inner:
             yield self.wrapper(inner)
 
 

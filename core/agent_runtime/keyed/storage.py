@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from ..changes import Batch, Receipt
 from ..errors import LeaseLost, StorageUnavailable
-from ..storage import Abilities, Claim, Fence, Grant, LeaseDesk, PoolFigures, Snapshot
+from ..storage import Abilities, Claim, Fence, FirstReads, Grant, LeaseDesk, PoolFigures, Snapshot
 from .batches import plan_batch, plan_purge
 from .engine import Engine, View
 from .layout import Writes, key, unpack
@@ -38,7 +38,7 @@ class KeyedStorage:
         return self
 
     @asynccontextmanager
-    async def snapshot(self, partition: int = 0) -> AsyncIterator[Snapshot]:
+    async def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AsyncIterator[Snapshot]:
         async with self._engine.view() as view:
             _, standing = await _standing_of(view, partition)
             yield KeyedSnapshot(view, partition, standing)

@@ -17,6 +17,7 @@ from agent_runtime.storage import (
     Abilities,
     Claim,
     Fence,
+    FirstReads,
     Grant,
     HeadRows,
     JournalRow,
@@ -53,9 +54,9 @@ class FaultyStorage:
         return self._leases
 
     @asynccontextmanager
-    async def snapshot(self, partition: int = 0) -> AsyncIterator[Snapshot]:
+    async def snapshot(self, partition: int = 0, first: FirstReads = ()) -> AsyncIterator[Snapshot]:
         async with AsyncExitStack() as stack:
-            inner = self._inner.snapshot(partition)
+            inner = self._inner.snapshot(partition, first)
             snapshot = await self._faults.call("snapshot", lambda: stack.enter_async_context(inner))
             yield _FaultySnapshot(snapshot, self._faults)
 
