@@ -81,10 +81,12 @@ _has_outcomes: Final = exists().where(
     outcomes.c.partition == sessions.c.partition, outcomes.c.scope == sessions.c.incarnation
 )
 SELECT_HEAD: Final = (
-    select(_has_outcomes, *columns_of(sessions, SessionRow), *columns_of(contexts, ContextRow))
-    .join_from(sessions, contexts, sessions.c.incarnation == contexts.c.incarnation, isouter=True)
-    .where(sessions.c.session_id == bindparam("session_id"), _undeleted)
+    select(partitions.c.sequence, _has_outcomes, *columns_of(sessions, SessionRow), *columns_of(contexts, ContextRow))
+    .join_from(partitions, sessions, and_(sessions.c.session_id == bindparam("session_id"), _undeleted), isouter=True)
+    .join(contexts, sessions.c.incarnation == contexts.c.incarnation, isouter=True)
+    .where(partitions.c.partition == _in_partition)
 )
+"""The sequence that the partition stands at, and what there is of the session."""
 SELECT_NEWEST_OUTCOMES: Final = (
     select(*columns_of(outcomes, OutcomeRow))
     .where(

@@ -72,16 +72,19 @@ class Foreseen(msgspec.Struct, frozen=True):
 
 
 async def foresee(transaction: Transaction, partition: int, first: FirstReads = ()) -> Foreseen:
-    """Read the sequence that the partition stands at, as that fixes the view; then what is to be read first in it."""
-    rows = await transaction.fetch(SELECT_SEQUENCE, {"partition": partition})
+    """Read what is to be read first in a view, which fixes it, and the sequence that the partition stands at in it."""
+    watermark: int | None = None
     heads: dict[HeadRead, HeadRows | None] = {}
     pages: dict[MessagesRead, Sequence[MessageRow]] = {}
     for read in first:
         if isinstance(read, HeadRead):
-            heads[read] = await _head(transaction, partition, read)
+            watermark, heads[read] = await _head(transaction, partition, read)
         else:
             pages[read] = await _messages(transaction, partition, read)
-    return Foreseen(rows[0][0] if rows else 0, heads, pages)
+    if watermark is None:
+        rows = await transaction.fetch(SELECT_SEQUENCE, {"partition": partition})
+        watermark = rows[0][0] if rows else 0
+    return Foreseen(watermark, heads, pages)
 
 
 class SqlSnapshot:
@@ -107,7 +110,7 @@ class SqlSnapshot:
         read = HeadRead(session_id=session_id, outcomes_max=outcomes_max)
         if read in self._foreseen.heads:
             return self._foreseen.heads[read]
-        return await self._call(_head, self._partition, read)
+        return (await self._call(_head, self._partition, read))[1]
 
     async def messages(
         self, incarnation: str, *, after: int = 0, before: int | None = None, limit: int, order: Order = "asc"
@@ -201,11 +204,14 @@ async def _made(make: Callable[..., Item], found: Sequence[Sequence[Any]]) -> li
     return rows
 
 
-async def _head(transaction: Transaction, partition: int, read: HeadRead) -> HeadRows | None:
+async def _head(transaction: Transaction, partition: int, read: HeadRead) -> tuple[int, HeadRows | None]:
+    """The sequence that the partition stands at, too: a head is mostly the first thing to be read in a view."""
     found = await transaction.fetch(SELECT_HEAD, {"partition": partition, "session_id": read.session_id})
     if not found:
-        return None
-    has_outcomes, *values = found[0]
+        return 0, None
+    watermark, has_outcomes, *values = found[0]
+    if values[0] is None:
+        return watermark, None
     session = SessionRow(*values[:_SESSION_COLUMNS])
     if values[_SESSION_COLUMNS] is None:
         raise StorageFatal(f"the database is damaged: the session {read.session_id!r} has no context")
@@ -213,7 +219,7 @@ async def _head(transaction: Transaction, partition: int, read: HeadRead) -> Hea
     if has_outcomes and read.outcomes_max:
         newest = {"scope": session.incarnation, "now": datetime.now(UTC), "limit": read.outcomes_max}
         outcomes = await _rows(transaction, OutcomeRow, SELECT_NEWEST_OUTCOMES, {"partition": partition, **newest})
-    return HeadRows(session=session, context=ContextRow(*values[_SESSION_COLUMNS:]), outcomes=outcomes)
+    return watermark, HeadRows(session=session, context=ContextRow(*values[_SESSION_COLUMNS:]), outcomes=outcomes)
 
 
 async def _collections(transaction: Transaction, partition: int, incarnation: str) -> list[str]:

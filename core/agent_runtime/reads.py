@@ -158,7 +158,10 @@ class _Span:
         resident = self._resident
         removed = _removed(resident)
         floor, tail_from = resident.floor, resident.tail_from
-        return [each for each in self._messages if floor < each.seq <= tail_from and each.seq not in removed]
+        messages = self._messages
+        if not removed and (not messages or (floor < messages[0].seq and messages[-1].seq <= tail_from)):
+            return messages.copy()
+        return [each for each in messages if floor < each.seq <= tail_from and each.seq not in removed]
 
 
 class Reads:
