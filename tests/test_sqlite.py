@@ -20,11 +20,12 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text
+from sqlalchemy import bindparam, create_engine, text
 from sqlalchemy.dialects import sqlite
 
 from agent_runtime.changes import Details, Touch
 from agent_runtime.errors import AgentRuntimeError, ChangeRejected, StorageFatal, StorageUnavailable
+from agent_runtime.rows import MessageRow
 from agent_runtime.storage import StorageConfig
 from agent_runtime.testing.kit import Opener
 from agent_runtime.testing.kit.writer import (
@@ -39,11 +40,11 @@ from agent_runtime.testing.kit.writer import (
     writing,
 )
 from agent_runtime_sql import reads, snapshot, writes
-from agent_runtime_sql.tables import metadata, time_text
+from agent_runtime_sql.tables import messages, metadata, time_text
 from agent_runtime_sqlite import open_sqlite
 from agent_runtime_sqlite.errors import rejecting, translated
 from agent_runtime_sqlite.prepared import Prepared
-from agent_runtime_sqlite.transaction import WRITES
+from agent_runtime_sqlite.transaction import insert
 
 pytestmark = pytest.mark.anyio
 
@@ -441,7 +442,8 @@ async def test_a_running_batch_is_interrupted_and_undone(file: Path, opener: Ope
 
 def test_rows_are_made_in_pieces_between_which_the_loop_is_free() -> None:
     """A piece of 100 rows takes about 0.1 ms; what the driver's thread does with the list is its affair."""
-    statement = Prepared(WRITES["messages"][0].statement)
+    names = MessageRow.__struct_fields__
+    statement = Prepared(insert(messages, {name: bindparam(name, type_=messages.c[name].type) for name in names}))
     given: list[tuple[Any, ...]] = []
     ticks = 0
 

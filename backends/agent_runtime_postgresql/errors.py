@@ -52,6 +52,8 @@ _UNAVAILABLE: Final = {
 }
 # Data, integrity, views' checks, sizes; and what a trigger raises, who has seen the row.
 _REJECTED: Final = frozenset({"22", "23", "44", "54", "P0001"})
+# What the driver can't encode (lone surrogates, too large integers): in arrays that is an error of class 22, its own.
+_NOT_ENCODED: Final = (TypeError, OverflowError, UnicodeEncodeError)
 _DATA: Final = ("22", "23", "44", "54", "P0")
 
 
@@ -112,7 +114,6 @@ def rejecting(field: str) -> Iterator[None]:
         yield
     except Exception as exc:
         state = _state(exc)
-        # The driver raises an error of class 22 itself for what it can't encode: lone surrogates, too large integers.
-        if state in _REJECTED or state[:2] in _REJECTED:
+        if state in _REJECTED or state[:2] in _REJECTED or isinstance(exc, _NOT_ENCODED):
             raise ChangeRejected(f"the database refuses a row of {field}: {_shown(exc)}") from None
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, TypeAlias
 
 import asyncpg
@@ -44,8 +44,15 @@ class Connection:
         """Run a statement; the number of rows that it changed."""
         statement = await self._statement(sql)
         await statement.fetch(*values)
-        tag: str = statement.get_statusmsg()  # as in `INSERT 0 7`
-        return int(tag.rpartition(" ")[2])
+        return _count(statement.get_statusmsg())
+
+    async def copy(self, table: str, names: Sequence[str], records: AsyncIterable[tuple[Any, ...]]) -> int:
+        """Insert rows into a table; how many.
+
+        Raises TypeError, ValueError or OverflowError for a value that the driver can't encode.
+        """
+        tag: str = await self.driver.copy_records_to_table(table, columns=names, records=records)
+        return _count(tag)
 
     async def _statement(self, sql: str) -> Any:
         found = self._described.get(sql)
@@ -57,6 +64,11 @@ class Connection:
     def drop(self) -> None:
         """Close it without a word to the server."""
         self.driver.terminate()
+
+
+def _count(tag: str) -> int:
+    """The number of rows in what a statement is answered with, as in `INSERT 0 7`."""
+    return int(tag.rpartition(" ")[2])
 
 
 class Pool:

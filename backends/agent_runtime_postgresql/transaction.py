@@ -1,20 +1,21 @@
 """Statements, compiled once, on the driver's connection; a transaction of them, for what SQL backends share.
 
 The driver is used directly, below SQLAlchemy's engine: its array parameters take all rows of a field in one statement,
-and its values need no conversion.
+and its values need no conversion. Messages, the most there is, go by COPY: it costs this process less than half of what
+arrays do, the server two thirds.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC
 from functools import cache
 from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import Any, Final
 
-from sqlalchemy import ClauseElement, Dialect, Select, Table, Text, column, func, select
+from sqlalchemy import CTE, ClauseElement, Dialect, Select, Table, Text, column, exists, func, select
 from sqlalchemy import bindparam as parameter
 from sqlalchemy.dialects.postgresql import ARRAY, asyncpg
 from sqlalchemy.dialects.postgresql import insert as insert_into
@@ -22,9 +23,19 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import UpdateBase
 from sqlalchemy.types import TypeEngine
 
+from agent_runtime.changes import Touch
 from agent_runtime_sql.rows import NAMED
 from agent_runtime_sql.tables import UtcTime
-from agent_runtime_sql.writes import Columns, Write, batch_writes
+from agent_runtime_sql.transaction import Advanced
+from agent_runtime_sql.writes import (
+    ADVANCE_JOURNAL,
+    ADVANCE_PARTITION,
+    Columns,
+    Rows,
+    Write,
+    batch_writes,
+    touching,
+)
 
 from .errors import rejecting
 from .pool import Connection, Driver
@@ -54,7 +65,25 @@ def _element(kind: TypeEngine[Any]) -> TypeEngine[Any]:
     return Text() if isinstance(own, Text) else own
 
 
+def _advance() -> Select[Any]:
+    """All that `advance` does in one round trip, and the rows it moved.
+
+    Its parts see what was there before they waited for the partition's row. No harm comes of it: whoever may change
+    other rows changes that one first, so that where it still is as expected they are, too.
+    """
+    moved = ADVANCE_PARTITION.returning(*ADVANCE_PARTITION.table.primary_key).cte("moved")
+    along = [statement.where(exists().select_from(moved)) for statement in (ADVANCE_JOURNAL, touching(_given))]
+    parts = [moved, *(statement.returning(*statement.table.primary_key).cte() for statement in along)]
+    return select(*map(_count, parts))
+
+
+def _count(part: CTE) -> Any:
+    return select(func.count()).select_from(part).scalar_subquery()
+
+
 WRITES: Final = batch_writes(insert, _given)
+_ADVANCE: Final = _advance()
+_TOUCHED: Final = Touch.__struct_fields__
 
 
 class _Compiled:
@@ -102,7 +131,17 @@ class PostgresqlTransaction:
         compiled = _compiled(statement)
         return await self._connection.change(compiled.sql, compiled.values(parameters))
 
+    async def advance(self, place: Mapping[str, Any], touched: Sequence[Touch]) -> Advanced:
+        arrays = await _arrays("touched", touched, _TOUCHED)
+        with rejecting("touched"):
+            rows = await self.fetch(_ADVANCE, {**place, **arrays})
+        return Advanced(*rows[0])
+
     async def write(self, field: str, write: Write, items: Sequence[Any], constants: Mapping[str, Any]) -> int:
+        if isinstance(write.statement, Rows):
+            rows = write.statement
+            with rejecting(field):
+                return await self._connection.copy(rows.table.name, rows.names, _records(items, rows.names))
         compiled = _compiled(write.statement)
         names = [name for name in compiled.names if name not in constants]
         arrays = await _arrays(field, items, names)
@@ -118,6 +157,15 @@ def _make_aware(rows: list[Sequence[Any]], place: int) -> None:
             values = list(rows[number])
             values[place] = time.replace(tzinfo=UTC)
             rows[number] = values
+
+
+async def _records(items: Sequence[Any], names: Sequence[str]) -> AsyncIterator[tuple[Any, ...]]:
+    """The items' values, with the event loop free between pieces of them."""
+    row = attrgetter(*names)
+    for number, item in enumerate(items, 1):
+        yield row(item)
+        if number % _PIECE_ROWS == 0:
+            await asyncio.sleep(0)
 
 
 async def _arrays(field: str, items: Sequence[Any], names: Sequence[str]) -> dict[str, list[Any]]:

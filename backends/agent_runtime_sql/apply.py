@@ -16,8 +16,6 @@ from agent_runtime.storage import Fence
 from .reads import SELECT_PARTITION, SELECT_PURGE
 from .transaction import Transaction
 from .writes import (
-    ADVANCE_JOURNAL,
-    ADVANCE_PARTITION,
     DELETE_EXPIRED_OUTCOMES,
     DELETE_MESSAGES,
     DELETE_PURGE,
@@ -41,22 +39,26 @@ async def apply_batch(
     `writes` are those of `writes.batch_writes`.
     """
     place = {**msgspec.structs.asdict(fence), "after": batch.after, "last": batch.last}
-    if await transaction.change(ADVANCE_PARTITION, place) != 1:
+    advanced = await transaction.advance(place, batch.touched)
+    if advanced.partition != 1:
         raise await _why_not(transaction, batch, fence)
-    if fence.journal_id is not None and await transaction.change(ADVANCE_JOURNAL, place) != 1:
+    if fence.journal_id is not None and advanced.journal != 1:
         raise StorageFatal(f"the database has no row of the journal {fence.journal_id}: it was changed by hand")
+    _check_hits("touched", advanced.touched, len(batch.touched))
     constants = {"partition": fence.partition, "deleted_at": now}
     for field, statements in writes.items():
         items = getattr(batch, field)
         if items:
             for write in statements:
                 hit = await transaction.write(field, write, items, constants)
-                if write.exact and hit != len(items):
-                    raise ChangeRejected(
-                        f"{len(items) - hit} of {len(items)} sessions to be {field} are not there: "
-                        "deleted or never created"
-                    )
+                if write.exact:
+                    _check_hits(field, hit, len(items))
     return batch.receipt()
+
+
+def _check_hits(field: str, hit: int, items: int) -> None:
+    if hit != items:
+        raise ChangeRejected(f"{items - hit} of {items} sessions to be {field} are not there: deleted or never created")
 
 
 async def _why_not(transaction: Transaction, batch: Batch, fence: Fence) -> LeaseLost | SequenceMismatch:

@@ -48,9 +48,11 @@ __all__ = [
     "DELETE_PURGE",
     "DELETE_SESSION",
     "SEQ_MAX",
+    "Rows",
     "Write",
     "batch_writes",
     "fenced",
+    "touching",
 ]
 
 Columns: TypeAlias = Mapping[str, ColumnElement[Any]]
@@ -61,10 +63,17 @@ Given: TypeAlias = Callable[[Table, Sequence[str]], Columns]
 SEQ_MAX: Final = 2**63 - 1
 
 
-class Write(NamedTuple):
-    """A statement to run for the items of a field. `exact`: it must hit a row for each, or an item can never apply."""
+class Rows(NamedTuple):
+    """Many items to insert into a table as they are: a database may have a shorter way for them than a statement."""
 
-    statement: UpdateBase
+    table: Table
+    names: tuple[str, ...]
+
+
+class Write(NamedTuple):
+    """What to run for the items of a field. `exact`: it must hit a row for each, or an item can never apply."""
+
+    statement: UpdateBase | Rows
     exact: bool = False
 
 
@@ -94,6 +103,21 @@ ADVANCE_JOURNAL: Final = (
 """The journal's row follows, and with its first batch a new generation is the only one."""
 
 
+def touching(given: Given) -> Update:
+    """The statement for the field `touched` of a `Batch`: it goes along with the two that move the sequence."""
+    return _updating(given, *(name for name in Touch.__struct_fields__ if name != "incarnation"))
+
+
+def _updating(given: Given, *names: str, **constants: ColumnElement[Any]) -> Update:
+    """Sessions that are there, by their incarnation."""
+    items = given(sessions, ("incarnation", *names))
+    return (
+        update(sessions)
+        .where(sessions.c.incarnation == items["incarnation"], sessions.c.deleted_at.is_(None))
+        .values({**{name: items[name] for name in names}, **constants})
+    )
+
+
 def _here(table: Table, *names: str) -> ColumnElement[bool]:
     clause = table.c[names[0]] == bindparam(names[0])
     for name in names[1:]:
@@ -106,7 +130,7 @@ def _constant(table: Table, name: str) -> ColumnElement[Any]:
 
 
 def batch_writes(insert: Insert, given: Given) -> Mapping[str, tuple[Write, ...]]:
-    """The statements for each field of a `Batch`, in the order in which to run them.
+    """The statements for each field of a `Batch` but `touched`, in the order in which to run them.
 
     What is not an item's (see `given`) is a parameter: `partition`, and `deleted_at`, which is now.
     """
@@ -129,35 +153,25 @@ def batch_writes(insert: Insert, given: Given) -> Mapping[str, tuple[Write, ...]
     def upserting(table: Table, kind: type[msgspec.Struct]) -> Any:
         return replacing(inserting(table, kind), table, kind.__struct_fields__)
 
-    def updating(*names: str, **constants: ColumnElement[Any]) -> Update:
-        items = given(sessions, ("incarnation", *names))
-        return (
-            update(sessions)
-            .where(sessions.c.incarnation == items["incarnation"], sessions.c.deleted_at.is_(None))
-            .values({**{name: items[name] for name in names}, **constants})
-        )
-
     to_purge = values(purges, ("incarnation", "floor"))
     # Nothing is noted for a session without rows below its floor, so that every note stands for a row at least.
     below = exists().where(messages.c.incarnation == to_purge["incarnation"], messages.c.seq <= to_purge["floor"])
     note = insert(purges, to_purge)
     note_below = insert(purges, {}).from_select(list(to_purge), select(*to_purge.values()).where(below))
     replayed = given(journals, ("journal_id", "sequence"))
-    touched = [name for name in Touch.__struct_fields__ if name != "incarnation"]
     return {
         "discharged": (Write(delete(quarantine).where(found(quarantine, "sequence"))),),
         "deleted": (
-            Write(updating(deleted_at=_constant(sessions, "deleted_at")), exact=True),
+            Write(_updating(given, deleted_at=_constant(sessions, "deleted_at")), exact=True),
             Write(replacing(note, purges, ["floor"])),
         ),
         "created": (Write(inserting(sessions, SessionRow)),),
-        "touched": (Write(updating(*touched), exact=True),),
-        "edited": (Write(updating(*Details.__struct_fields__), exact=True),),
-        "cleared": (Write(updating("floor"), exact=True), Write(replacing(note_below, purges, ["floor"]))),
+        "edited": (Write(_updating(given, *Details.__struct_fields__), exact=True),),
+        "cleared": (Write(_updating(given, "floor"), exact=True), Write(replacing(note_below, purges, ["floor"]))),
         "contexts": (Write(upserting(contexts, ContextRow)),),
         "switches": (Write(inserting(switches, SwitchRow)),),
         "removed": (Write(delete(messages).where(found(messages, "incarnation", "seq"))),),
-        "messages": (Write(inserting(messages, MessageRow)),),
+        "messages": (Write(Rows(messages, MessageRow.__struct_fields__)),),
         "discarded": (Write(delete(documents).where(found(documents, "incarnation", "collection", "key"))),),
         "documents": (Write(upserting(documents, DocumentRow)),),
         "outcomes": (Write(upserting(outcomes, OutcomeRow)),),

@@ -17,8 +17,18 @@ from sqlalchemy.dialects.sqlite import insert as insert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import UpdateBase
 
+from agent_runtime.changes import Touch
 from agent_runtime_sql.rows import NAMED
-from agent_runtime_sql.writes import Columns, Write, batch_writes
+from agent_runtime_sql.transaction import Advanced
+from agent_runtime_sql.writes import (
+    ADVANCE_JOURNAL,
+    ADVANCE_PARTITION,
+    Columns,
+    Rows,
+    Write,
+    batch_writes,
+    touching,
+)
 
 from .errors import rejecting
 from .prepared import Prepared, Selected
@@ -38,6 +48,7 @@ def _given(table: Table, names: Sequence[str]) -> Columns:
 
 
 WRITES: Final = batch_writes(insert, _given)
+_TOUCH: Final = Write(touching(_given))
 
 
 @cache
@@ -46,8 +57,9 @@ def _prepared(statement: UpdateBase) -> Prepared:
 
 
 @cache
-def _prepared_for(field: str, statement: UpdateBase) -> Prepared:
-    return Prepared(statement, NAMED.get(field))
+def _prepared_for(field: str, statement: UpdateBase | Rows) -> Prepared:
+    inserting = insert(statement.table, _given(*statement)) if isinstance(statement, Rows) else statement
+    return Prepared(inserting, NAMED.get(field))
 
 
 @cache
@@ -67,6 +79,12 @@ class SqliteTransaction:
 
     async def change(self, statement: UpdateBase, parameters: Mapping[str, Any]) -> int:
         return await _prepared(statement).run(self._driver, [parameters], {})
+
+    async def advance(self, place: Mapping[str, Any], touched: Sequence[Touch]) -> Advanced:
+        if not (partition := await self.change(ADVANCE_PARTITION, place)):
+            return Advanced(partition)
+        journal = await self.change(ADVANCE_JOURNAL, place)
+        return Advanced(partition, journal, await self.write("touched", _TOUCH, touched, {}) if touched else 0)
 
     async def write(self, field: str, write: Write, items: Sequence[Any], constants: Mapping[str, Any]) -> int:
         with rejecting(field):
