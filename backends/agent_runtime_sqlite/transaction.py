@@ -31,7 +31,7 @@ from agent_runtime_sql.writes import (
 )
 
 from .errors import rejecting
-from .prepared import Prepared, Selected
+from .prepared import Prepared, PreparedRows, Selected
 
 __all__ = ["WRITES", "SqliteTransaction", "insert"]
 
@@ -57,9 +57,8 @@ def _prepared(statement: UpdateBase) -> Prepared:
 
 
 @cache
-def _prepared_for(field: str, statement: UpdateBase | Rows) -> Prepared:
-    inserting = insert(statement.table, _given(*statement)) if isinstance(statement, Rows) else statement
-    return Prepared(inserting, NAMED.get(field))
+def _prepared_for(field: str, statement: UpdateBase | Rows) -> Prepared | PreparedRows:
+    return PreparedRows(*statement) if isinstance(statement, Rows) else Prepared(statement, NAMED.get(field))
 
 
 @cache

@@ -336,14 +336,16 @@ class Resident:
         self.trim_outcomes(bytes_max)
 
     def _trim_tail(self, messages_max: int, bytes_max: int) -> None:
-        excess = max(0, len(self.tail) - messages_max)
+        if len(self.tail) <= messages_max and self.tail_bytes <= bytes_max:
+            return
+        unsettled = next((_seq(change.messages[0]) for change in self.changes if change.messages), self.next_seq)
+        settled = bisect_left(self.tail_seqs, unsettled)  # what follows is not even looked at, however much it is
+        excess = max(0, min(settled, len(self.tail) - messages_max))
         size = self.tail_bytes - sum([message_bytes(raw) for raw in self.tail[:excess]])
-        while size > bytes_max:
+        while size > bytes_max and excess < settled:
             size -= message_bytes(self.tail[excess])
             excess += 1
-        if excess:
-            unsettled = next((_seq(change.messages[0]) for change in self.changes if change.messages), self.next_seq)
-            self._drop_tail(min(excess, bisect_left(self.tail_seqs, unsettled)))
+        self._drop_tail(excess)
 
     def trim_outcomes(self, bytes_max: int) -> None:
         """Let go of the oldest outcomes that the database has, until there are few enough, and small enough."""
