@@ -428,7 +428,7 @@ async def test_a_level_that_is_not_reached_in_time() -> None:
         start = anyio.current_time()
         with pytest.raises(DurabilityNotReached) as caught:
             await each.handle.append("user", "hi", durability="stored")
-        assert anyio.current_time() - start == pytest.approx(8.0)
+        assert 8.0 <= anyio.current_time() - start <= 8.1  # what is looked at is not the clock, but ticks
         model.sessions["s"].append([NewMessage(role="user", content="hi")], [caught.value.outcome])
         assert (caught.value.sequence, caught.value.reached) == (2, "buffered")
         with pytest.raises(

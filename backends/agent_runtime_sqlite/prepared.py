@@ -30,7 +30,7 @@ __all__ = ["Prepared", "PreparedRows", "Selected"]
 
 _DIALECT: Final = sqlite.dialect()
 _PIECE_ROWS: Final = 500
-_STEP_ROWS: Final = 50
+_STEP_ROWS: Final = 100
 
 
 class Prepared:
