@@ -30,7 +30,7 @@ from agent_runtime.storage import Storage, StorageConfig
 from agent_runtime.testing.kit import Opener
 from agent_runtime.testing.kit.dump import dump
 from agent_runtime.testing.kit.writer import Writer, claim, context_row, message_row, session_row, writing
-from agent_runtime_postgresql import open_postgresql
+from agent_runtime_postgresql import open_postgresql, pool
 from agent_runtime_postgresql.database import Database
 from agent_runtime_postgresql.errors import rejecting, translated
 from agent_runtime_postgresql.pool import Connection
@@ -132,6 +132,65 @@ async def test_what_stays_in_a_connection(opener: Opener, monkeypatch: pytest.Mo
         found = await database.run(look)
         assert found == [(not pooled, "0", "public")] * len(found)
         assert found
+
+
+async def test_plans_do_not_outlive_the_size_of_their_tables(
+    schema: str, opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with writing(opener) as writer:
+        await writer.create("a")
+
+        async def read() -> None:
+            async with writer.storage.snapshot() as view:
+                assert await view.head("session a", outcomes_max=1) is not None
+
+        async def plans() -> set[str]:
+            """What the server would do, in one of the connections that have kept a plan."""
+            connection = await database._pool.take()
+            names = "SELECT name FROM pg_prepared_statements WHERE statement LIKE '%FROM partitions%sessions%'"
+            try:
+                await connection.driver.execute(database.begin_reading())
+                (row,) = await connection.driver.fetch(names)
+                explain = f"EXPLAIN EXECUTE {row['name']}('session a', 0)"
+                return {line for (line,) in await connection.driver.fetch(explain)}
+            finally:
+                await database.give_back(connection)
+
+        assert isinstance(writer.storage, PostgresqlStorage)
+        database = writer.storage._readers._database
+        for _ in range(8):  # the first five are planned each time
+            await read()
+        small = await database.run(plans)
+        server().execute(
+            """
+            INSERT INTO sessions SELECT 'i' || n, 0, 's' || n, null, null, null, '{}', now(), now(), 0, 1, 0, 1
+            FROM generate_series(1, 5000) AS n
+            """,
+            schema=schema,
+        )
+        await read()
+        assert await database.run(plans) == small
+        monkeypatch.setattr(pool, "_PLANS_S", 0.0)
+        await read()
+        assert await database.run(plans) != small
+
+
+async def test_a_read_does_not_wait_for_the_end_of_its_transaction(schema: str) -> None:
+    """The next one does, and takes the same connection; and so does closing."""
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"
+    with proxied(url_of(schema, application_name=schema)) as proxy:
+        async with open_postgresql(StorageConfig(url=proxy.url)) as storage:
+            for _ in range(2):
+                async with storage.snapshot() as view:
+                    assert view.watermark == 0
+                    proxy.slow_down(0.2)
+                    left = time.monotonic()
+                assert time.monotonic() < left + 0.1
+                assert storage.figures().in_use == 0
+                proxy.slow_down(0.0)
+            assert server().rows(connections, schema) == [(1,)]
+    assert server().rows(connections, schema) == [(0,)]
+    assert activity(schema) == []
 
 
 async def test_json_is_kept_to_the_letter_and_can_be_asked(schema: str, opener: Opener) -> None:

@@ -1,9 +1,12 @@
 """The server: the connections to it, the loop they live on, and transactions on both.
 
-Nothing is left in a connection between transactions, so that it may be PgBouncer's, which lends out another one for
-each (pool_mode = transaction): statements are unnamed, settings are SET LOCAL, locks end with their transaction. The
-settings go along with BEGIN, in one message. It is the pool's pre-ping at the same time: a connection that turns out
-dead there is replaced, as nothing was done on it yet.
+A connection may be PgBouncer's, which lends out another one for each transaction (pool_mode = transaction): settings
+are SET LOCAL, locks end with their transaction, and a pooler keeps no statement. The settings go along with BEGIN, in
+one message. It is the pool's pre-ping at the same time: a connection that turns out dead there is replaced, as nothing
+was done on it yet.
+
+A transaction that only read is ended behind the reader's back, as nothing can come of that; the next user of the
+connection waits for it.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ class Database:
         for left in reversed(range(self.settings.pool_size + 1)):
             connection = await self._pool.take()
             try:
-                await connection.driver.execute(begin, timeout=self.settings.connect_timeout_s)
+                await connection.driver.execute(connection.opening(begin), timeout=self.settings.connect_timeout_s)
             except BaseException as exc:
                 lost = is_lost(exc)
                 if lost:

@@ -23,17 +23,28 @@ Driver: TypeAlias = Any
 
 _IDLE_S: Final = 300.0
 """After so long unused, a connection is not trusted any more: something on the way may have forgotten it."""
+_PLANS_S: Final = 10.0
+"""A plan made for an empty table reads all of a large one; the server itself makes it anew only after an ANALYZE."""
 _CLOSE_TIMEOUT_S: Final = 5.0
 
 
 class Connection:
-    """A connection and its statements. `prepares`: the server keeps them."""
+    """A connection and its statements. `prepares`: the server keeps them, with their plans."""
 
     def __init__(self, driver: Driver, *, prepares: bool) -> None:
         self.driver: Final = driver
         self._prepares = prepares
         self.idle_since = 0.0
         self._described: dict[str, Any] = {}
+        self._planned_at = time.monotonic()
+
+    def opening(self, begin: str) -> str:
+        """What begins a transaction: `begin`, and now and then that plans are made anew, as tables grow under them."""
+        now = time.monotonic()
+        if not self._prepares or now < self._planned_at + _PLANS_S:
+            return begin
+        self._planned_at = now
+        return f"{begin}; DISCARD PLANS"
 
     async def fetch(self, sql: str, values: list[Any]) -> list[Any]:
         """The rows that a statement finds."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from itertools import product
 
+import msgspec
+
 from agent_runtime.records import Order
 from agent_runtime.rows import SessionRow
-from agent_runtime.storage import SessionKey, Snapshot
+from agent_runtime.storage import HeadRead, MessagesRead, SessionKey, Snapshot
 
 from .contract import Opener, StorageContract
 from .writer import DAY, NOON, context_row, document_row, outcome_row, quarantine_row, session_row, switch_row, writing
@@ -46,6 +48,30 @@ class ReadContract(StorageContract):
                     expected = seqs if order == "asc" else seqs[::-1]
                     assert [row.seq for row in rows] == expected[:limit]
                     assert all(row.incarnation == "a" for row in rows)
+
+    async def test_what_is_foreseen_is_read_the_same(self, opener: Opener) -> None:
+        async with writing(opener) as writer:
+            await writer.create("a", messages=6)
+            await writer.create("b", messages=2)
+            await writer.apply(touched=(writer.touch("a"),), removed=(("a", 3),))
+            foreseen = [
+                MessagesRead(incarnation=incarnation, after=after, before=before, limit=limit, order=order)
+                for incarnation, after, before, limit, order in product("ac", (0, 2), (None, 5), (2, 10), ORDERS)
+            ]
+            asked = [*foreseen, MessagesRead(incarnation="a", after=3, before=6, limit=1)]
+            for first in foreseen:
+                heads = [HeadRead(session_id=f"session {name}", outcomes_max=1) for name in "abc"]
+                async with writer.storage.snapshot(0, [heads[0], first, heads[2]]) as view:
+                    await writer.apply(touched=(writer.touch("a"),))
+                    async with writer.storage.snapshot() as plain:
+                        assert plain.watermark == view.watermark + 1
+                        for read in asked:
+                            arguments = msgspec.structs.asdict(read)
+                            assert [*await view.messages(**arguments)] == [*await plain.messages(**arguments)]
+                    found = [await view.head(read.session_id, outcomes_max=read.outcomes_max) for read in heads]
+                    assert [head and head.session.incarnation for head in found] == ["a", "b", None]
+                    assert found[0] is not None
+                    assert found[0].session.sequence == view.watermark
 
     async def test_switches_in_order_of_number(self, opener: Opener) -> None:
         async with writing(opener) as writer:
