@@ -119,6 +119,24 @@ async def test_context_variables_go_in_and_do_not_come_out(bridge: AsyncioBridge
     assert variable.get() == "of the caller"
 
 
+async def test_what_is_called_soon_comes_before_later_calls(bridge: AsyncioBridge) -> None:
+    seen: list[tuple[asyncio.AbstractEventLoop, str]] = []
+    variable.set("soon")
+    for _ in range(3):
+        bridge.call_soon(lambda: seen.append((asyncio.get_running_loop(), variable.get())))
+    assert await bridge.run(look_at, seen) == [(await bridge.run(loop_of_calls), "soon")] * 3
+
+
+async def look_at(seen: list[tuple[asyncio.AbstractEventLoop, str]]) -> list[tuple[asyncio.AbstractEventLoop, str]]:
+    return seen.copy()
+
+
+async def loop_of_calls() -> asyncio.AbstractEventLoop:
+    with anyio.CancelScope():  # anyio too knows where it is
+        await anyio.sleep(0)
+    return asyncio.get_running_loop()
+
+
 async def test_a_call_is_cancelled_once_and_its_end_waited_for(bridge: AsyncioBridge) -> None:
     """anyio would cancel the clean-up again at each of its steps."""
     steps: list[str] = []
