@@ -175,6 +175,23 @@ async def test_plans_do_not_outlive_the_size_of_their_tables(
         assert await database.run(plans) != small
 
 
+async def test_tables_that_are_altered_meanwhile(schema: str, opener: Opener) -> None:
+    """What the server keeps of a statement is of no use any more: the next try has a new connection."""
+    async with writing(opener) as writer:
+        await writer.create("a")
+        async with writer.storage.snapshot() as first, writer.storage.snapshot() as second:
+            expected = await first.head("session a", outcomes_max=1)
+            assert await second.head("session a", outcomes_max=1) == expected is not None
+        await writer.apply()
+        server().execute("ALTER TABLE sessions ALTER title TYPE varchar(1000)", schema=schema)
+        for _ in range(2):
+            with pytest.raises(StorageUnavailable, match="altered"):
+                async with writer.storage.snapshot() as view:
+                    await view.head("session a", outcomes_max=1)
+        async with writer.storage.snapshot() as view:
+            assert await view.head("session a", outcomes_max=1) == expected
+
+
 async def test_a_read_does_not_wait_for_the_end_of_its_transaction(schema: str) -> None:
     """The next one does, and takes the same connection; and so does closing."""
     connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"

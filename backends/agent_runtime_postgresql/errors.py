@@ -89,6 +89,8 @@ def translated(name: str) -> Iterator[None]:
         yield
     except AgentRuntimeError:
         raise
+    except asyncpg.InvalidCachedStatementError:
+        raise StorageUnavailable(f"{name} has altered its tables meanwhile") from None
     except asyncpg.PostgresError as exc:
         state = _state(exc)
         if problem := _class(_FATAL, state):

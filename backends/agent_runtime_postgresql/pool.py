@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, TypeAlias
@@ -36,6 +37,7 @@ class Connection:
         self._prepares = prepares
         self.idle_since = 0.0
         self._described: dict[str, Any] = {}
+        self._numbers = itertools.count(1)  # none twice: of a statement that was cancelled its name may be taken
         self._planned_at = time.monotonic()
 
     def opening(self, begin: str) -> str:
@@ -48,13 +50,12 @@ class Connection:
 
     async def fetch(self, sql: str, values: list[Any]) -> list[Any]:
         """The rows that a statement finds."""
-        rows: list[Any] = await (await self._statement(sql)).fetch(*values)
+        _, rows = await self._run(sql, values)
         return rows
 
     async def change(self, sql: str, values: list[Any]) -> int:
         """Run a statement; the number of rows that it changed."""
-        statement = await self._statement(sql)
-        await statement.fetch(*values)
+        statement, _ = await self._run(sql, values)
         return _count(statement.get_statusmsg())
 
     async def copy(self, table: str, names: Sequence[str], records: AsyncIterable[tuple[Any, ...]]) -> int:
@@ -65,12 +66,16 @@ class Connection:
         tag: str = await self.driver.copy_records_to_table(table, columns=names, records=records)
         return _count(tag)
 
-    async def _statement(self, sql: str) -> Any:
-        found = self._described.get(sql)
-        if found is None:
-            name = f"agent_runtime_{len(self._described)}" if self._prepares else ""
-            found = self._described[sql] = await self.driver.prepare(sql, name=name)
-        return found
+    async def _run(self, sql: str, values: list[Any]) -> tuple[Any, list[Any]]:
+        statement = self._described.get(sql)
+        if statement is None:
+            name = f"agent_runtime_{next(self._numbers)}" if self._prepares else ""
+            statement = self._described[sql] = await self.driver.prepare(sql, name=name)
+        try:
+            return statement, await statement.fetch(*values)
+        except asyncpg.InvalidCachedStatementError:  # the tables were altered, and so are all its other statements
+            self.drop()
+            raise
 
     def drop(self) -> None:
         """Close it without a word to the server."""
