@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import asyncpg
+import msgspec
 import pytest
 from sqlalchemy import text
 
@@ -281,6 +282,27 @@ async def test_a_row_that_somebody_else_has_locked(schema: str) -> None:
             with pytest.raises(StorageUnavailable, match="has a row locked by somebody else"):
                 await writer.apply()
         await writer.apply()
+
+
+async def test_a_batch_that_does_not_follow_waits_for_no_session(schema: str, opener: Opener) -> None:
+    """Whoever lost its lease must not stand in the way of the one that has it, nor wait for it."""
+    async with writing(opener) as writer, opener_of(schema)() as another:
+        await writer.create("a")
+        stale = msgspec.structs.replace(writer.batch(touched=(writer.touch("a"),)), after=writer.sequence + 5)
+
+        async def hold(transaction: PostgresqlTransaction) -> None:
+            await transaction.driver.execute("SELECT 1 FROM sessions FOR UPDATE")
+            await asyncio.sleep(0.6)
+            ended.append("the other transaction")
+
+        ended: list[str] = []
+        async with anyio.create_task_group() as group:
+            group.start_soon(asked, another, hold)
+            await anyio.sleep(0.2)
+            with pytest.raises(SequenceMismatch):
+                await writer.storage.apply(stale, writer.fence)
+            ended.append("the batch")
+        assert ended == ["the batch", "the other transaction"]
 
 
 async def test_a_statement_that_takes_too_long(schema: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC
 from functools import cache
-from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import Any, Final
 
@@ -172,11 +171,11 @@ async def _arrays(field: str, items: Sequence[Any], names: Sequence[str]) -> dic
     """The items' values by column, made in pieces between which the event loop is free."""
     row = _row_getter(field, names)
     arrays: list[list[Any]] = [[] for _ in names]
-    source = iter(items)
-    while piece := list(islice(source, _PIECE_ROWS)):
-        for array, values in zip(arrays, zip(*map(row, piece), strict=True), strict=True):
+    for start in range(0, len(items), _PIECE_ROWS):
+        if start:
+            await asyncio.sleep(0)
+        for array, values in zip(arrays, zip(*map(row, items[start : start + _PIECE_ROWS]), strict=True), strict=True):
             array.extend(values)
-        await asyncio.sleep(0)
     return dict(zip(names, arrays, strict=True))
 
 

@@ -44,7 +44,9 @@ async def apply_batch(
         raise await _why_not(transaction, batch, fence)
     if fence.journal_id is not None and advanced.journal != 1:
         raise StorageFatal(f"the database has no row of the journal {fence.journal_id}: it was changed by hand")
-    _check_hits("touched", advanced.touched, len(batch.touched))
+    # They are touched before others are deleted here, so that one which is both would be hit.
+    both = {touch.incarnation for touch in batch.touched}.intersection(batch.deleted) if batch.deleted else ()
+    _check_hits("touched", advanced.touched - len(both), len(batch.touched))
     constants = {"partition": fence.partition, "deleted_at": now}
     for field, statements in writes.items():
         items = getattr(batch, field)
