@@ -43,7 +43,7 @@ from agent_runtime_sql import reads, snapshot, writes
 from agent_runtime_sql.tables import messages, metadata, time_text
 from agent_runtime_sqlite import open_sqlite
 from agent_runtime_sqlite.errors import rejecting, translated
-from agent_runtime_sqlite.prepared import PreparedRows
+from agent_runtime_sqlite.prepared import Prepared, PreparedRows
 
 pytestmark = pytest.mark.anyio
 
