@@ -80,9 +80,12 @@ class Database:
 
     async def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
         """Await `function(*args)` on the loop of the connections, its errors translated."""
+        self._check_open()
+        return await self._bridge.run(self._translated, function, args)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise StorageUnavailable(f"{self.name} is closed")
-        return await self._bridge.run(self._translated, function, args)
 
     async def _translated(self, function: Callable[[*Ts], Awaitable[T]], args: tuple[*Ts]) -> T:
         with translated(self.name):
@@ -168,6 +171,7 @@ class Database:
 
     def give_back_soon(self, connection: Connection) -> None:
         """Begin to `give_back`, from the caller's loop, and don't wait for it: the connection's next user does."""
+        self._check_open()
         self._bridge.call_soon(lambda: self._pool.put_after(self.give_back(connection)))
 
     async def close(self) -> None:
