@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import datetime
 from typing import Final, Literal
 
@@ -39,8 +39,9 @@ class QuarantinedChange(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-async def quarantine_rows(snapshot: Snapshot) -> AsyncIterator[QuarantineRow]:
-    """All that is in quarantine, in order of sequence, a page in memory at a time."""
+async def quarantine_rows(snapshot: Snapshot) -> AsyncGenerator[QuarantineRow, None]:
+    """All that is in quarantine, in order of sequence, a page in memory at a time. To be closed by who may not come to
+    its end (`contextlib.aclosing`)."""
     after = 0
     while rows := await snapshot.quarantine(after=after, limit=_PAGE):
         for row in rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
@@ -74,8 +75,9 @@ class Scan:
                     await self._flush()
                 await self._session(session)
             after = SessionKey(sessions[-1].created_at, sessions[-1].incarnation)
-        async for row in quarantine_rows(self._snapshot):
-            await self._add(quarantine=[row])
+        async with aclosing(quarantine_rows(self._snapshot)) as rows:
+            async for row in rows:
+                await self._add(quarantine=[row])
         await self._flush()
         await self._outcomes()
         return {table: TableSum(self._counts[table], self._sums[table].hexdigest()) for table in _TABLES}
