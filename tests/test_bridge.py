@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import traceback
@@ -165,6 +166,26 @@ async def test_what_a_cancelled_call_raises_is_not_raised(bridge: AsyncioBridge)
     with anyio.move_on_after(0.02) as scope:
         await bridge.run(fail_when_cancelled)
     assert scope.cancelled_caught
+
+
+async def test_a_call_that_fails_while_its_caller_is_cancelled(
+    bridge: AsyncioBridge, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error is nobody's business any more, and asyncio does not complain of one that nobody has looked at."""
+    failed = threading.Event()
+
+    async def fail() -> None:
+        asyncio.get_running_loop().call_soon(failed.set)
+        raise Boom
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(bridge.run, fail)
+        await anyio.sleep(0)
+        failed.wait(0.2)  # on trio the call ends while this loop is busy
+        group.cancel_scope.cancel()
+    gc.collect()
+    await bridge.run(asyncio.sleep, 0)
+    assert caplog.records == []
 
 
 async def test_a_caller_cancelled_before_it_calls(bridge: AsyncioBridge) -> None:

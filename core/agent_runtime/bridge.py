@@ -206,6 +206,8 @@ class AsyncioBridge:
             if calls[0].task.remove_done_callback(tell):
                 given_up.append(asyncio.create_task(self._give_up(calls[0])))
                 given_up[0].add_done_callback(tell)
+            else:  # it has ended meanwhile
+                _take_note(calls[0].task)
 
         thread.call_soon(begin)
         try:
