@@ -193,6 +193,24 @@ async def test_tables_that_are_altered_meanwhile(schema: str, opener: Opener) ->
             assert await view.head("session a", outcomes_max=1) == expected
 
 
+async def test_statements_that_the_server_has_forgotten(opener: Opener) -> None:
+    """Somebody's DISCARD or DEALLOCATE in a function of a trigger; what stood between and hid that it is a pool."""
+
+    async def forget(transaction: PostgresqlTransaction) -> None:
+        await transaction.driver.execute("DEALLOCATE ALL")
+
+    async with writing(opener) as writer:
+        await writer.create("a")
+        async with writer.storage.snapshot() as view:
+            expected = await view.head("session a", outcomes_max=1)
+        await asked(writer.storage, forget)
+        with pytest.raises(StorageUnavailable, match="26000"):
+            async with writer.storage.snapshot():
+                pass
+        async with writer.storage.snapshot() as view:
+            assert await view.head("session a", outcomes_max=1) == expected is not None
+
+
 async def test_a_read_does_not_wait_for_the_end_of_its_transaction(schema: str) -> None:
     """The next one does, and takes the same connection; and so does closing."""
     connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1"

@@ -27,6 +27,8 @@ _IDLE_S: Final = 300.0
 _PLANS_S: Final = 10.0
 """A plan made for an empty table reads all of a large one; the server itself makes it anew only after an ANALYZE."""
 _CLOSE_TIMEOUT_S: Final = 5.0
+_USELESS: Final = (asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError)
+"""What is said of a prepared statement whose tables were altered; that was forgotten, as by DISCARD or DEALLOCATE."""
 
 
 class Connection:
@@ -73,7 +75,7 @@ class Connection:
             statement = self._described[sql] = await self.driver.prepare(sql, name=name)
         try:
             return statement, await statement.fetch(*values)
-        except asyncpg.InvalidCachedStatementError:  # the tables were altered, and so are all its other statements
+        except _USELESS:  # and so are all its other statements
             self.drop()
             raise
 
