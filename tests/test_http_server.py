@@ -471,6 +471,19 @@ def test_an_answer_is_one_packet(storage: str) -> None:
             assert body
 
 
+def test_a_client_that_ends_its_side_reads_the_answer(storage: str) -> None:
+    """As long as nobody had to wait for the answer."""
+    body = b'{"role": "user", "content": "hi"}'
+    head = f"host: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with serving("--storage", storage) as server:
+        httpx.put(f"{server.url}/v1/sessions/a", json={}).raise_for_status()
+        for seq in range(1, 21):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(b"POST /v1/sessions/a/messages HTTP/1.1\r\n" + head + body)
+                client.shutdown(socket.SHUT_WR)
+                assert b'"seq":%d,' % seq in client.recv(65536)
+
+
 def test_a_stream_that_never_waits_is_held_back_by_its_reader(storage: str, probe: dict[str, str]) -> None:
     size = 32 << 20
     with serving("--storage", storage, environ=probe) as server:

@@ -78,13 +78,14 @@ class _Gathering:
     def write(self, data: bytes) -> None:
         """Send these bytes, with those before them, at the end of this turn; or now if they are many."""
         if not self._parts:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._parts.append(data)
         self._size += len(data)
         if self._size > _GATHERED_BYTES_MAX:  # a stream may not come to the end of its turn until told to pause
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what is there."""
         if self._parts:
             parts, self._parts, self._size = self._parts, [], 0
             if not self._transport.is_closing():  # else the client has gone since
@@ -92,13 +93,18 @@ class _Gathering:
 
     def close(self) -> None:
         """Close the connection once all is sent."""
-        self._flush()
+        self.flush()
         self._transport.close()
 
 
 class _HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", _Gathering(transport)))
+        self._gathering = _Gathering(transport)
+        super().connection_made(cast("asyncio.Transport", self._gathering))
+
+    def eof_received(self) -> None:
+        self._gathering.flush()  # the loop closes the connection next, and a client may end its side and still read
+        super().eof_received()
 
 
 class Uvicorn:
