@@ -45,6 +45,10 @@ class Size(IntEnum):
     BIG = 1
 
 
+class Key(StrEnum):
+    ROLE = "role"
+
+
 def refused(check: Callable[..., object], *arguments: Any) -> InvalidInput:
     with pytest.raises(InvalidInput) as caught:
         check(*arguments)
@@ -416,6 +420,7 @@ def test_fields_of_ours_in_a_chat_message() -> None:
         ({"role": None}, "role", "missing"),
         ({"role": "user", "seq": 1}, "seq", "given by the runtime"),
         ({"role": "user", 7: 1}, "", "key"),
+        ({Key.ROLE: "user"}, "", "not a plain str but Key"),
         ({"role": "user", "extra": [1]}, "extra", "dict"),
         ({"role": "user", "extra": "x"}, "extra", "dict"),
         ({"role": "user", "extra": {"audio": 1}, "audio": 1}, "extra.audio", "twice"),

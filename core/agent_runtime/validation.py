@@ -59,6 +59,7 @@ _ROLES: Final = frozenset(ROLES)
 _FIELDS: Final = frozenset(NewMessage.__struct_fields__)
 _RESERVED: Final = _FIELDS | {"seq"}
 _CHAT_FIELDS: Final = _FIELDS - {"extra"}
+_KEY_TYPES: Final = frozenset({str})
 _INT_END: Final = 10**JSON_INT_DIGITS_MAX
 _MISSING: Final = object()
 _KEY_SHOWN_CHARS_MAX: Final = 40
@@ -366,7 +367,12 @@ def parse_message(path: str, value: Mapping[str, Any] | NewMessage) -> NewMessag
 
 
 def _from_chat(path: str, chat: Mapping[Any, Any]) -> NewMessage:
-    if type(chat) is dict and _CHAT_FIELDS.issuperset(chat) and chat.get("role") is not None:
+    if (
+        type(chat) is dict
+        and _CHAT_FIELDS.issuperset(chat)
+        and _KEY_TYPES.issuperset(map(type, chat))
+        and chat.get("role") is not None
+    ):
         return NewMessage(**chat)
     fields: dict[str, Any] = {}
     extra: dict[str, Any] = {}
