@@ -1,7 +1,7 @@
-"""What the surface is measured against, as a process: `python bare_server.py PORT HISTORY`.
+"""What the surface is measured against, as a process: `python bare_server.py PORT HISTORY uvicorn|ours`.
 
 Routes that decode with msgspec and answer with a `Response`, and nothing else; the history is the content of a file. The
-server is the same, set up in the same way.
+server is uvicorn as it comes, with what is switched off in ours switched off; or ours, which sends an answer at once.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
 import msgspec
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -37,11 +40,34 @@ def application(history: bytes) -> Starlette:
     )
 
 
-async def main(port: int, history: bytes) -> None:
-    engine = Uvicorn(application(history))
+class Plain(uvicorn.Server):
+    """uvicorn, as an engine."""
+
+    def __init__(self, app: Starlette) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, http="httptools", lifespan="off", log_config=None, access_log=False, proxy_headers=False
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def serve_on(self, listener: socket.socket) -> None:
+        await self.serve(sockets=[listener])
+
+    def stop(self) -> None:
+        self.should_exit = True
+
+
+async def main(port: int, history: bytes, kind: str) -> None:
+    app = application(history)
+    engine = Plain(app) if kind == "uvicorn" else Uvicorn(app)
+    serve = engine.serve_on if isinstance(engine, Plain) else engine.serve
     listener = socket.create_server(("127.0.0.1", port))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.serve, listener)
+        tasks.start_soon(serve, listener)
         with anyio.open_signal_receiver(signal.SIGTERM) as signals:
             sys.stdout.write(f"listens on http://127.0.0.1:{port}\n")
             sys.stdout.flush()
@@ -51,4 +77,5 @@ async def main(port: int, history: bytes) -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(main, int(sys.argv[1]), Path(sys.argv[2]).read_bytes(), backend_options={"use_uvloop": True})
+    given = int(sys.argv[1]), Path(sys.argv[2]).read_bytes(), sys.argv[3]
+    anyio.run(main, *given, backend_options={"use_uvloop": True})
