@@ -330,7 +330,7 @@ async def test_pages_of_other_sites_may_not_open_a_websocket() -> None:
     ],
 )
 def test_names_of_this_machine(host: str, expected: bool) -> None:
-    assert is_local(host, "Box") == expected
+    assert is_local(host.encode("latin-1"), "Box") == expected
 
 
 def test_a_server_of_this_machine_answers_to_its_names_only(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Guard:
         """
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"")
-        if host and self.host is not None and not is_local(host.decode("latin-1"), self.host):
+        if host and self.host is not None and not is_local(host, self.host):
             raise Refusal(
                 "misdirected",
                 "only this machine is served here, under its own name: ask localhost, set http.tokens, "
@@ -57,8 +57,9 @@ class Guard:
 
 
 @lru_cache(maxsize=64)
-def is_local(host: str, own: str) -> bool:
+def is_local(host_header: bytes, own: str) -> bool:
     """Whether a `Host`, with or without a port, is a name of this machine: of its loopback, or its `own` name."""
+    host = host_header.decode("latin-1")
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     name = name.removeprefix("[").removesuffix("]").lower()
     if name in (own.lower(), "localhost") or name.endswith(".localhost"):
