@@ -139,20 +139,18 @@ class Door:
 
     # Finding sessions
 
-    def known(self, session_id: str) -> Resident | Unknown | None:
-        """What memory knows of the session with this id."""
-        if self._closed is not None:
-            raise again(self._closed)
-        return self.residents.find(session_id)
-
     async def locate(self, session_id: str) -> Resident | None:
         """The session with this id, loaded if need be; None when there is none.
 
         Nothing happens between this call's last look at memory and its return.
         """
-        while isinstance(resident := self.known(session_id), Unknown):
+        while True:
+            if self._closed is not None:
+                raise again(self._closed)
+            resident = self.residents.find(session_id)
+            if not isinstance(resident, Unknown):
+                return resident
             await self._load(session_id)
-        return resident
 
     async def resident(self, session_id: str, incarnation: str) -> Resident:
         """The session that a handle means, loaded if need be.

@@ -50,7 +50,7 @@ from .quarantine import Quarantine
 from .reads import Reads
 from .records import DEFAULT_AGENT, Durability, NewMessage, Order, Page, PurgedSession, Session, Watermarks
 from .recovery import recover
-from .residents import Resident, Residents, Unknown
+from .residents import Resident, Residents
 from .retention import Retention
 from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
@@ -275,9 +275,7 @@ class Runtime:
         Raises:
             SessionNotFound: there is none.
         """
-        resident = self._door.known(check_id("session_id", session_id))
-        if isinstance(resident, Unknown):
-            resident = await self._door.locate(session_id)
+        resident = await self._door.locate(check_id("session_id", session_id))
         if resident is None or resident.deleted:
             raise SessionNotFound(session_id)
         return self._handle(session_id, resident.incarnation)
