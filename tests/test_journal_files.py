@@ -575,7 +575,8 @@ async def test_a_failed_rotation_is_a_failed_append(path: Path, files: Faulty, c
     assert read(path) == [1, 2]
 
 
-async def test_an_unfinished_segment_that_stays_harms_nobody(path: Path, files: Faulty) -> None:
+async def with_an_unfinished_segment(files: Faulty) -> Journal:
+    """Three changes, a segment each; between the first and the second one that was begun in vain, and could not go."""
     journal = await begin(files, segment_bytes=1)
     journal.append(changes(1))
     files.fail("write", taken=700)
@@ -584,6 +585,11 @@ async def test_an_unfinished_segment_that_stays_harms_nobody(path: Path, files: 
         journal.append(changes(2))
     journal.append(changes(2))
     journal.append(changes(3))
+    return journal
+
+
+async def test_an_unfinished_segment_that_stays_harms_nobody(path: Path, files: Faulty) -> None:
+    journal = await with_an_unfinished_segment(files)
     await journal.sync(nothing)
     journal.close()
     assert len(segments(path)) == 4
@@ -597,14 +603,7 @@ async def test_an_unfinished_segment_that_stays_harms_nobody(path: Path, files: 
 async def test_an_unfinished_segment_that_stays_is_cut_and_the_one_appended_to_is_not(
     path: Path, files: Faulty
 ) -> None:
-    journal = await begin(files, segment_bytes=1)
-    journal.append(changes(1))
-    files.fail("write", taken=700)
-    files.fail("unlink")
-    with pytest.raises(JournalError):
-        journal.append(changes(2))
-    journal.append(changes(2))
-    journal.append(changes(3))
+    journal = await with_an_unfinished_segment(files)
     await journal.cut(2)
     assert segments(path) == [1, 4]
     await journal.sync(nothing)

@@ -26,7 +26,7 @@ from sqlalchemy.sql.dml import UpdateBase
 
 from agent_runtime_sql.tables import UtcTime, fixed_time_text, time_text
 
-__all__ = ["Prepared", "PreparedRows", "Selected"]
+__all__ = ["Prepared", "PreparedRows", "Selected", "parameters"]
 
 _DIALECT: Final = sqlite.dialect()
 _PIECE_ROWS: Final = 500
@@ -103,20 +103,24 @@ class PreparedRows:
     """
 
     def __init__(self, table: Table, names: Sequence[str]) -> None:
-        self._one = Prepared(insert(table).values(_parameters(table, names, "")))
-        many = insert(table).values([_parameters(table, names, f"_{number}") for number in range(_STEP_ROWS)])
-        self._one_sql, self._many_sql = self._one.sql, str(many.compile(dialect=_DIALECT))
+        self._one = Prepared(insert(table).values(parameters(table, names)))
+        many = insert(table).values([parameters(table, names, f"_{number}") for number in range(_STEP_ROWS)])
+        self._many_sql = str(many.compile(dialect=_DIALECT))
 
-    async def run(self, driver: aiosqlite.Connection, items: Sequence[Any], constants: Mapping[str, Any]) -> int:
+    async def run(self, driver: aiosqlite.Connection, items: Iterable[Any], constants: Mapping[str, Any]) -> int:
         """As `Prepared.run`."""
         rows = await self._one.rows(items, constants)
         whole = len(rows) // _STEP_ROWS * _STEP_ROWS
         steps = [tuple(chain.from_iterable(rows[start : start + _STEP_ROWS])) for start in range(0, whole, _STEP_ROWS)]
-        count = await _executed(driver, self._many_sql, steps) if steps else 0
-        return count + await _executed(driver, self._one_sql, rows[whole:]) if rows[whole:] else count
+        count = 0
+        for sql, left in ((self._many_sql, steps), (self._one.sql, rows[whole:])):
+            if left:
+                count += await _executed(driver, sql, left)
+        return count
 
 
-def _parameters(table: Table, names: Sequence[str], suffix: str) -> dict[str, BindParameter[Any]]:
+def parameters(table: Table, names: Sequence[str], suffix: str = "") -> dict[str, BindParameter[Any]]:
+    """A parameter for each of these columns, named after it."""
     return {name: bindparam(name + suffix, type_=table.c[name].type) for name in names}
 
 

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import aiosqlite
 from sqlalchemy import Select, Table
-from sqlalchemy import bindparam as parameter
 from sqlalchemy.dialects.sqlite import insert as insert_into
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import UpdateBase
@@ -31,7 +30,7 @@ from agent_runtime_sql.writes import (
 )
 
 from .errors import rejecting
-from .prepared import Prepared, PreparedRows, Selected
+from .prepared import Prepared, PreparedRows, Selected, parameters
 
 __all__ = ["WRITES", "SqliteTransaction", "insert"]
 
@@ -42,13 +41,9 @@ def insert(table: Table, values: Columns) -> Any:
     return statement.values(dict(values)) if values else statement
 
 
-def _given(table: Table, names: Sequence[str]) -> Columns:
-    """A statement is run for each item, whose values are its parameters."""
-    return {name: parameter(name, type_=table.c[name].type) for name in names}
-
-
-WRITES: Final = batch_writes(insert, _given)
-_TOUCH: Final = Write(touching(_given))
+# A statement is run for each item, whose values are its parameters.
+WRITES: Final = batch_writes(insert, parameters)
+_TOUCH: Final = Write(touching(parameters))
 
 
 @cache

@@ -147,9 +147,10 @@ def _answer(
     if change.birth is not None and outcome.scope == CREATION_SCOPE:
         text = msgspec.json.encode(current.record()).decode()
     elif messages:  # a call that appends tells the message, or the messages, that it has appended
-        given = msgspec.json.decode(text, type=list[Raw]) if text.startswith("[") else [Raw(text.encode())]
+        are_many = text.startswith("[")
+        given = msgspec.json.decode(text, type=list[Raw]) if are_many else [Raw(text.encode())]
         told = [messages.get(_decode_message(raw).seq, raw) for raw in given]
-        text = msgspec.json.encode(told if text.startswith("[") else told[0]).decode()
+        text = msgspec.json.encode(told if are_many else told[0]).decode()
     scope = outcome.scope if outcome.scope == CREATION_SCOPE else current.incarnation
     return replace(outcome, scope=scope, outcome=text, sequence=sequence)
 

@@ -415,11 +415,8 @@ def check_message(path: str, message: NewMessage) -> None:
 
     `created_at` must be a plain datetime in UTC, as `parse_message` makes it: what passes is stored as it is.
     """
-    content = message.content
     if (
-        type(content) is str
-        and content.isascii()
-        and "\0" not in content
+        _is_clean(message.content)
         and _is_role(message.role)
         and message.name is None
         and message.tool_calls is None
