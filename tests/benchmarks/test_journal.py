@@ -20,6 +20,7 @@ from agent_runtime import Runtime, SessionHandle
 from http_rig import serving
 from places import NEVER_S, in_file
 
+from .callers import EventLoop, appends_per_second, name_of, on_every_event_loop
 from .crashed import Crashed
 from .load import Load
 from .measure import Side, compare, figure, spread
@@ -95,7 +96,8 @@ async def test_append(tmp_path: Path, interval_s: float, anyio_backend: str) -> 
             spread(f"append, {level}, {anyio_backend}", each)
 
 
-async def test_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> None:
+@on_every_event_loop
+async def test_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend: EventLoop) -> None:
     """64 callers that append at `synced`, each one after the other; against the same appends with an fdatasync behind
     each, inline, and against nothing but a write and an fdatasync of the same bytes.
     """
@@ -116,18 +118,10 @@ async def test_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_bac
         same = os.open(segment, os.O_RDONLY)
         bare = os.open(tmp_path / "bare", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-        async def write(session: SessionHandle) -> None:
-            for _ in range(SYNCED):
-                await session.append(**message, durability="synced")
-
         async def shared() -> float:
-            started = perf_counter()
-            async with anyio.create_task_group() as tasks:
-                for session in sessions:
-                    tasks.start_soon(write, session)
-            took_s = perf_counter() - started
+            rate = await appends_per_second(sessions, SYNCED, "synced")
             await runtime.flush()
-            return CALLERS * SYNCED / took_s
+            return rate
 
         async def inline() -> float:
             started = perf_counter()
@@ -149,13 +143,13 @@ async def test_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_bac
         before = runtime.watermarks.accepted
         await shared()
         per_sync = (runtime.watermarks.accepted - before) / syncs
-        name = f"synced appends of 64 callers / a write and an fdatasync each, {anyio_backend}"
+        name = f"synced appends of 64 callers / a write and an fdatasync each, {name_of(anyio_backend)}"
         await compare(name, shared, nothing_else, rounds=15, unit="/s")
-        name = f"synced appends of 64 callers / with an fdatasync each, {anyio_backend}"
+        name = f"synced appends of 64 callers / with an fdatasync each, {name_of(anyio_backend)}"
         await compare(name, shared, inline, rounds=15, unit="/s", at_least=SYNCS_AT_LEAST)
         os.close(same)
         os.close(bare)
-    figure(f"synced appends a fdatasync, of 64 callers, {anyio_backend}", per_sync, at_least=PER_SYNC_AT_LEAST)
+    figure(f"synced appends a fdatasync, of 64 callers, {name_of(anyio_backend)}", per_sync, at_least=PER_SYNC_AT_LEAST)
 
 
 @pytest.mark.parametrize(("size", "rounds"), [(100_000, 3), (1_000_000, 1)])

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import anyio
@@ -30,6 +29,7 @@ from places import Place, forget
 from postgres_proxy import proxied
 from postgres_server import migrated_schema, server, url_of
 
+from .callers import EventLoop, appends_per_second, name_of, on_every_event_loop
 from .measure import compare, figure, seconds
 from .sample import median_message, messages
 from .test_flush import Watch, append_all, collected
@@ -41,6 +41,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.benchmark, pytest.mark.timeout(900)
 ROWS = 1000
 SESSIONS = 50
 CALLERS = 32
+STORED = 10  # appends of each caller in a round
 FLUSH_AT_LEAST = 0.6
 STORED_AT_LEAST = 3.0
 TRANSACTIONS_AT_MOST = 1.0
@@ -128,24 +129,10 @@ async def test_rows_per_second(tmp_path: Path, part: str, anyio_backend: str) ->
         await compare(name, ours, theirs, rounds=25, unit="rows/s", at_least=FLUSH_AT_LEAST)
 
 
-async def appended_at_once(sessions: Sequence[SessionHandle], times: int) -> float:
-    """Each session is appended to, at `stored`, by a task of its own. Appends a second."""
-    message = median_message()
-
-    async def append(session: SessionHandle) -> None:
-        for _ in range(times):
-            await session.append(**message, durability="stored")
-
-    started = perf_counter()
-    async with anyio.create_task_group() as tasks:
-        for session in sessions:
-            tasks.start_soon(append, session)
-    return len(sessions) * times / (perf_counter() - started)
-
-
-async def test_stored_appends(tmp_path: Path, anyio_backend: str) -> None:
+@on_every_event_loop
+async def test_stored_appends(tmp_path: Path, anyio_backend: EventLoop) -> None:
     """32 callers that wait until theirs is stored, against one connection that commits INSERT after INSERT."""
-    schema, times = migrated_schema(), 4
+    schema = migrated_schema()
     place = Place(url_of(schema), journal=tmp_path / "journal")
     async with place.open() as runtime, plain(migrated_schema()) as bare:
         sessions = [await runtime.create_session() for _ in range(CALLERS)]
@@ -157,7 +144,7 @@ async def test_stored_appends(tmp_path: Path, anyio_backend: str) -> None:
         content = json.dumps(median_message())
 
         async def ours() -> float:
-            return await appended_at_once(sessions, times)
+            return await appends_per_second(sessions, STORED, "stored")
 
         async def theirs() -> float:
             async def insert(connection: Any) -> None:
@@ -166,7 +153,7 @@ async def test_stored_appends(tmp_path: Path, anyio_backend: str) -> None:
 
             return CALLERS / await bare.timed(insert)
 
-        name = f"stored appends of 32 callers / INSERTs committed one by one, {anyio_backend}"
+        name = f"stored appends of 32 callers / INSERTs committed one by one, {name_of(anyio_backend)}"
         await compare(name, ours, theirs, rounds=10, unit="/s", at_least=STORED_AT_LEAST)
 
 
