@@ -112,10 +112,11 @@ async def test_settings_of_transactions_that_write(schema: str) -> None:
         }
 
 
-@pytest.mark.parametrize("pooled", [False, True], ids=["own", "pooled"])
-async def test_what_stays_in_a_connection(opener: Opener, monkeypatch: pytest.MonkeyPatch, *, pooled: bool) -> None:
+@pytest.mark.parametrize("kind", ["own", "pooled", "never"])
+async def test_what_stays_in_a_connection(schema: str, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Nothing of a pooler's, which may lend it to somebody else after each transaction; statements in one's own."""
-    if pooled:  # it greets with a process of its own making
+    opener = opener_of(schema, prepared_statements="never" if kind == "never" else "auto")
+    if kind == "pooled":  # it greets with a process of its own making
         monkeypatch.setattr(asyncpg.Connection, "get_server_pid", lambda _: 4711)
     left = "SELECT EXISTS (SELECT FROM pg_prepared_statements), current_setting('lock_timeout'), current_schema()"
     async with writing(opener) as writer:
@@ -131,7 +132,7 @@ async def test_what_stays_in_a_connection(opener: Opener, monkeypatch: pytest.Mo
             return [tuple(await connection.driver.fetchrow(left)) for connection in idle]
 
         found = await database.run(look)
-        assert found == [(not pooled, "0", "public")] * len(found)
+        assert found == [(kind == "own", "0", "public")] * len(found)
         assert found
 
 
@@ -204,11 +205,25 @@ async def test_statements_that_the_server_has_forgotten(opener: Opener) -> None:
         async with writer.storage.snapshot() as view:
             expected = await view.head("session a", outcomes_max=1)
         await asked(writer.storage, forget)
-        with pytest.raises(StorageUnavailable, match="26000"):
+        with pytest.raises(StorageUnavailable, match=r"prepared_statements.*26000"):
             async with writer.storage.snapshot():
                 pass
         async with writer.storage.snapshot() as view:
             assert await view.head("session a", outcomes_max=1) == expected is not None
+
+
+async def test_a_pooler_that_mixes_connections_up(opener: Opener) -> None:
+    """What a connection would keep is there already, and another's: the error names the option. The next one may do."""
+    sql = "SELECT 1"
+
+    async def meet(transaction: PostgresqlTransaction) -> None:
+        await transaction.driver.execute(f"PREPARE {pool.statement_name(sql, 1)} AS {sql}")
+        await Connection(transaction.driver, prepares=True).fetch(sql, [])
+
+    async with writing(opener) as writer:
+        with pytest.raises(StorageFatal, match=r"prepared_statements to never.*42P05"):
+            await asked(writer.storage, meet)
+    assert pool.statement_name("SELECT 1", 1) != pool.statement_name("SELECT 2", 1)
 
 
 async def test_a_read_does_not_wait_for_the_end_of_its_transaction(schema: str) -> None:

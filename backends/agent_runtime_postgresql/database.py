@@ -58,6 +58,8 @@ async def _connection(settings: Settings) -> Connection:
     A pooler makes up the process that it greets with, as it will be several: only the server's own tells its real one.
     """
     driver = await connect(settings)
+    if settings.prepared_statements == "never":
+        return Connection(driver, prepares=False)
     try:
         process = await driver.fetchval("SELECT pg_backend_pid()")
     except BaseException:

@@ -23,6 +23,7 @@ from agent_runtime.errors import AgentRuntimeError, ChangeRejected, StorageFatal
 
 __all__ = ["is_lost", "rejecting", "translated"]
 
+_POOLED: Final = "as some poolers do: set storage.options.prepared_statements to never"
 # Classes and codes, by https://www.postgresql.org/docs/current/errcodes-appendix.html; the longest that fits counts.
 _FATAL: Final = {
     "0A": "can't do what agent-runtime needs",
@@ -31,11 +32,13 @@ _FATAL: Final = {
     "3F": "has no such schema",
     "42": "has not the tables of agent-runtime as they were made, or other rights on them",
     "42501": "does not permit it to this user",
+    "42P05": f"mixes up the statements that its connections keep, {_POOLED}",
     "XX001": "is damaged",
     "XX002": "is damaged",
 }
 _UNAVAILABLE: Final = {
     "08": "can't be reached",
+    "26000": f"has lost a statement that a connection keeps, {_POOLED} if that goes on",
     "25006": "can't be written: it is a standby, or set to read only",
     "25P03": "ended a transaction that was silent for too long",
     "40": "was busy with another transaction",

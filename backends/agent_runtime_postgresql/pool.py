@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Final, TypeAlias
 
 import asyncpg
 
-__all__ = ["Connection", "Driver", "Pool"]
+__all__ = ["Connection", "Driver", "Pool", "statement_name"]
 
 Driver: TypeAlias = Any
 """A connection of asyncpg, which has no types."""
@@ -29,6 +30,15 @@ _PLANS_S: Final = 10.0
 _CLOSE_TIMEOUT_S: Final = 5.0
 _USELESS: Final = (asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError)
 """What is said of a prepared statement whose tables were altered; that was forgotten, as by DISCARD or DEALLOCATE."""
+
+
+def statement_name(sql: str, number: int) -> str:
+    """What a connection calls the statement that it prepares as its `number`th.
+
+    It tells the statement too: should something on the way mix connections up, its name is unknown there, or taken by
+    the same one, and never another's.
+    """
+    return f"agent_runtime_{hashlib.sha256(sql.encode()).hexdigest()[:16]}_{number}"
 
 
 class Connection:
@@ -71,7 +81,7 @@ class Connection:
     async def _run(self, sql: str, values: list[Any]) -> tuple[Any, list[Any]]:
         statement = self._described.get(sql)
         if statement is None:
-            name = f"agent_runtime_{next(self._numbers)}" if self._prepares else ""
+            name = statement_name(sql, next(self._numbers)) if self._prepares else ""
             statement = self._described[sql] = await self.driver.prepare(sql, name=name)
         try:
             return statement, await statement.fetch(*values)

@@ -36,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     - `pool_size`: connections, one to write, the others for snapshots, which is how many may be open at once.
     - `schema`: where the tables are, made if it is missing; the user's own search path by default.
     - `application_name`: how the connections call themselves in pg_stat_activity.
+    - `prepared_statements`: `auto` has connections keep statements where no pooler is seen, `never` none.
     - `connect_timeout_s`: how long a connection may take to open, or an idle one to answer.
     - `statement_timeout_s`, `lock_timeout_s`, `idle_in_transaction_timeout_s`: after which the server ends a statement,
       its wait for a lock, and a transaction that writes and has fallen silent. The latter two never exceed half of the
@@ -49,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pool_size: Annotated[int, msgspec.Meta(ge=2, le=100)] = 5
     schema: Annotated[str, msgspec.Meta(min_length=1, max_length=63, pattern='^[^"\0]+$')] | None = None
     application_name: Annotated[str, msgspec.Meta(max_length=63)] = "agent-runtime"
+    prepared_statements: Literal["auto", "never"] = "auto"
     connect_timeout_s: _Seconds = 10.0
     statement_timeout_s: _Seconds = 30.0
     lock_timeout_s: _Seconds = 4.0
