@@ -19,6 +19,7 @@ from agent_runtime import (
     StorageUnavailable,
 )
 from agent_runtime.errors import again
+from agent_runtime.log import Log
 from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from places import Place, everything, place_fixture
@@ -134,6 +135,30 @@ async def test_a_level_not_reached_in_time_leaves_the_change(write: Write) -> No
         gate.open()
     async with place.open() as runtime:
         assert runtime.watermarks.stored == 6
+
+
+async def test_time_is_counted_only_while_somebody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that nobody asks for anything is not woken for it; whoever waits next has all of the time."""
+    log, slept, sleep = Log(0, timeout_s=0.02), 0, anyio.sleep
+
+    async def counted(delay_s: float) -> None:
+        nonlocal slept
+        slept += 1
+        await sleep(delay_s)
+
+    monkeypatch.setattr(anyio, "sleep", counted)
+    log.accept(log.next, b"{}")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(log.expire)
+        for _ in range(2):
+            before = slept
+            await sleep(0.1)
+            assert slept == before
+            with pytest.raises(TimeoutError):
+                await log.wait(1, "stored")
+            assert slept > before
+            await sleep(0.02)  # the tick that nobody needs any more
+        tasks.cancel_scope.cancel()
 
 
 def test_threads_get_a_handle_of_theirs_when_a_level_is_not_reached(anyio_backend: Any) -> None:

@@ -46,8 +46,9 @@ class _Watermark:
     for each would cost more than its append. Their time is counted in ticks, for one look at the clock costs 1 µs.
     """
 
-    def __init__(self, sequence: int) -> None:
+    def __init__(self, sequence: int, first: Callable[[], None]) -> None:
         self.sequence = sequence
+        self._first = first  # called when somebody waits where nobody did
         self.on_demand: Callable[[], None] = _nobody
         self.waiting = 0
         self._news = anyio.Event()
@@ -84,6 +85,8 @@ class _Watermark:
             if due <= self._tick:
                 raise TimeoutError
             news = self._news
+            if not self.waiting:
+                self._first()
             self.waiting += 1
             self._due = min(self._due, due)
             self.on_demand()
@@ -110,8 +113,9 @@ class Log:
         self.accepted = sequence
         self.next = sequence + 1 if journal is None else max(sequence, journal.end) + 1
         self._journal = journal
-        self._stored = _Watermark(sequence)
-        self._synced = _Watermark(sequence)
+        self._awaited = anyio.Event()
+        self._stored = _Watermark(sequence, self._begin_to_expire)
+        self._synced = _Watermark(sequence, self._begin_to_expire)
         self.timeout_s = timeout_s
         self._tick_s = max(_TICK_S, _TICK * timeout_s)
         self._ticks = math.inf if math.isinf(timeout_s) else math.ceil(timeout_s / self._tick_s) + 1
@@ -241,11 +245,17 @@ class Log:
         self._check_quarantined(sequence if first is None else first, sequence)
 
     async def expire(self) -> None:
-        """Until cancelled, wake who has waited too long."""
+        """Until cancelled, wake who has waited too long. While nobody waits, time stands still."""
         while True:
+            if not self._stored.waiting and not self._synced.waiting:
+                self._awaited = anyio.Event()
+                await self._awaited.wait()
             await anyio.sleep(self._tick_s)
             self._stored.tick()
             self._synced.tick()
+
+    def _begin_to_expire(self) -> None:
+        self._awaited.set()
 
     def _check_quarantined(self, first: int, last: int) -> None:
         low = bisect_left(self._quarantined, first)
