@@ -25,7 +25,9 @@ from agent_runtime import (
 from agent_runtime.approvals import APPROVALS, ApprovalStatus, Deciding, Decision
 from agent_runtime.archive import archive_line, parse_line
 from agent_runtime.identifiers import utc_now
+from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime.transfer import read_archive, restore_session
+from agent_runtime_memory import MemoryDatabase
 from places import KINDS, SHORT, Place, forget, in_file, in_memory, place_of, values
 
 pytestmark = pytest.mark.anyio
@@ -124,6 +126,22 @@ async def test_a_request_that_is_not_stored_in_time_is_hidden_until_it_is() -> N
 
 async def _never(*_args: Any, **_kwargs: Any) -> Any:
     raise OSError("the database is away")
+
+
+async def test_a_request_that_is_stored_is_shown_while_another_s_read_is_slow() -> None:
+    faults = Faults()
+    place = Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults))
+    async with place.open() as runtime, anyio.create_task_group() as tasks:
+        other = await runtime.create_session("s2", system_prompt="Be kind.")
+        session = await runtime.create_session("s1", durability="stored")
+        forget(runtime)
+        gate = faults.hold("messages", nth=1)
+        tasks.start_soon(other.history)
+        await gate.reached.wait()
+        approval = await asked(session)
+        assert await session.approvals() == [approval]
+        assert await session.approval(approval.approval_id) == approval
+        gate.open()
 
 
 async def test_of_many_who_decide_at_once_one_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,6 +376,56 @@ async def test_a_key_expires_after_24_hours(place: Place, stored: bool) -> None:
         assert (await session.messages()).items == [first, second]
 
 
+async def test_of_callers_that_find_a_key_expired_at_one_moment_one_is_heard(tmp_path: Path) -> None:
+    """The row is there until it is purged; what was decided before it was read is not true behind that any more."""
+    place = in_file(tmp_path)
+    async with place.open() as runtime:
+        session = await runtime.create_session("s1", idempotency_key="k")
+        for number in range(OUTCOMES_MAX + 2):
+            await session.append("user", "old", idempotency_key=f"k{number}")
+        seq = (await session.record()).message_count
+    async with place.open() as runtime:
+        Clock(runtime).ahead = timedelta(hours=25)
+        session = await runtime.get_session("s1")
+        made: list[object] = []
+
+        async def append() -> None:
+            made.append((await session.append("user", "new", idempotency_key="k0")).seq)
+
+        async def create() -> None:
+            made.append(shown(await runtime.create_session("s2", idempotency_key="k")))
+
+        async with anyio.create_task_group() as tasks:
+            for call in (append, create):
+                for _ in range(20):
+                    tasks.start_soon(call)
+        await runtime.flush()
+        assert {each: made.count(each) for each in made} == {seq + 1: 20, shown(await runtime.get_session("s2")): 20}
+
+
+async def test_who_finds_a_key_expired_sees_who_came_before(tmp_path: Path) -> None:
+    place = in_file(tmp_path)
+    async with place.open() as runtime:
+        await runtime.create_session("s1", idempotency_key="k")
+    async with place.open() as runtime:
+        Clock(runtime).ahead = timedelta(hours=25)
+        with pytest.raises(SessionNotFound):
+            await runtime.get_session("s2")  # from now on that is known
+        taken: list[str] = []
+
+        async def create(key: str | None) -> None:
+            try:
+                await runtime.create_session("s2", idempotency_key=key)
+            except SessionExists as error:
+                taken.append(error.session_id)
+
+        async with anyio.create_task_group() as tasks:
+            for key in ("k", None):
+                tasks.start_soon(create, key)
+        assert taken == ["s2"]
+        await runtime.flush()
+
+
 # --- how many keys ----------------------------------------------------------------------------------------------------
 
 

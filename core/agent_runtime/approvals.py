@@ -147,10 +147,11 @@ class Approvals:
     async def _unstored(self) -> set[str]:
         """The ids of those whose request is not stored yet."""
         resident = await self._door.resident(self._session_id, self._incarnation)
+        stored = self._door.log.stored  # a pending change may be stored already, and kept for another's read only
+        unstored = [*resident.held, *(change for change in resident.pending if change.sequence > stored)]
         return {
             row.key
-            for changes in (resident.pending, resident.held)
-            for change in changes
+            for change in unstored
             for row in change.documents
             if row.collection == APPROVALS and _approval(row).status == "pending"
         }

@@ -306,13 +306,14 @@ class Door:
                     continue
                 if request is not None:
                     outcome = self._known_outcome(scope, current, request.key)
-                    if outcome is None and not asked and not self._knows_all_outcomes(scope, current):
+                    asks = outcome is None and not asked and not self._knows_all_outcomes(scope, current)
+                    if asks:
                         asked = True
                         outcome = await self._stored_outcome(scope, current, request.key)
-                        if outcome is None:
-                            continue
                     if outcome is not None and outcome.expires_at > self.now():
                         return await self._repeat(outcome, request, level)
+                    if asks:  # nothing that counts was found, but meanwhile anything may have happened
+                        continue
                 plan = decide(current)
                 change = plan.change
                 if change is None and request is not None and scope != CREATION_SCOPE and current is not None:
