@@ -10,9 +10,17 @@ from typing import Any
 import anyio
 import pytest
 
-from agent_runtime import Config, InvalidInput, Runtime, SessionNotFound, StorageUnavailable, open_runtime
+from agent_runtime import (
+    Config,
+    InvalidInput,
+    Quarantined,
+    Runtime,
+    SessionNotFound,
+    StorageUnavailable,
+    open_runtime,
+)
 from agent_runtime.errors import ChangeRejected
-from agent_runtime.testing import Faults, faulty_plugin
+from agent_runtime.testing import Faults, faulty_plugin, writes_session
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_sqlite.storage import open_storage
 from http_rig import serving
@@ -158,6 +166,35 @@ async def test_a_creation_in_quarantine_goes_too(tmp_path: Path) -> None:
         assert len(await runtime.purge_sessions(["gone"])) == 1
         assert await runtime.quarantine.entries() == []
         assert where(tmp_path) == []
+
+
+async def test_what_the_database_refuses_of_others_is_not_the_purge_s_to_tell() -> None:
+    faults = Faults()
+    plugin: Any = faulty_plugin(MemoryDatabase().open, faults)
+    async with open_runtime("faulty:memory:", plugins=[plugin]) as runtime:
+        await runtime.create_session("gone")
+        other = await runtime.create_session("kept", durability="stored")
+        faults.reject(writes_session(other.incarnation))
+        gate = faults.hold("head")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(runtime.purge_sessions, ["gone", "nobody"])  # which is looked for behind the deletion
+            await gate.reached.wait()
+            await other.append("user", "hi")
+            gate.open()
+        assert [each.session_id for each in await runtime.quarantine.entries()] == ["kept"]
+
+
+async def test_a_deletion_that_the_database_refuses_is_told() -> None:
+    faults = Faults()
+    plugin: Any = faulty_plugin(MemoryDatabase().open, faults)
+    async with open_runtime("faulty:memory:", plugins=[plugin]) as runtime:
+        for session_id in ("s1", "s2"):
+            await runtime.create_session(session_id, durability="stored")
+        faults.reject(lambda batch: len(batch.deleted) > 0 and batch.after == 2)
+        with pytest.raises(Quarantined) as caught:
+            await runtime.purge_sessions(["s1", "s2"])
+        assert caught.value.sequences == (3,)
+        assert [each.sequence for each in await runtime.quarantine.entries()] == [3]
 
 
 async def test_only_what_is_idle_goes() -> None:

@@ -314,11 +314,15 @@ class Planner:
             return Plan(None, False)
         return Plan(self.delete(current).change, True)
 
-    def delete_unchanged(self, seen: int, current: Resident | None) -> Plan[bool]:
-        """The session away if its last change is the one with the sequence `seen`."""
+    def delete_unchanged(self, seen: int, current: Resident | None) -> Plan[int | None]:
+        """The session away if its last change is the one with the sequence `seen`.
+
+        The result is the sequence of the deletion; None: something else has happened.
+        """
         if current is None or current.deleted or current.sequence != seen:
-            return Plan(None, False)
-        return Plan(self.delete(current).change, True)
+            return Plan(None, None)
+        deletion = self._change(current, deleted=True)
+        return Plan(deletion, deletion.sequence)
 
     def forget(self, outcome: OutcomeRow, seen: int, current: Resident | None) -> Plan[int | None]:
         """An outcome overwritten by one that says nothing and has expired, if the session's last change is `seen`.

@@ -68,6 +68,7 @@ class Purges:
         before = None if idle_longer_than is None else self._door.now() - idle_longer_than
         creations = {} if dry_run else await self._creations()
         purged = []
+        deletions = []
         for session_id in dict.fromkeys(session_ids):
             resident = await self._door.locate(session_id)
             if resident is None or not _is_idle(resident, before):
@@ -76,10 +77,14 @@ class Purges:
                 taken = await self._measure(resident)
             except SessionNotFound:  # somebody else has deleted it meanwhile
                 continue
-            if dry_run or await self._delete(resident, before, creations.get(resident.incarnation, [])):
-                purged.append(taken)
-        if purged and not dry_run:
-            await self._erase()
+            if not dry_run:
+                deletion = await self._delete(resident, before, creations.get(resident.incarnation, []))
+                if deletion is None:
+                    continue
+                deletions.append(deletion)
+            purged.append(taken)
+        if deletions:
+            await self._erase(deletions)
         return purged
 
     async def _measure(self, resident: Resident) -> PurgedSession:
@@ -115,14 +120,17 @@ class Purges:
             bytes=size + resident.held_bytes,
         )
 
-    async def _delete(self, resident: Resident, before: datetime | None, creations: Sequence[OutcomeRow]) -> bool:
-        """Delete the session with what is kept beside it; False: it is there no more, or not idle any more."""
+    async def _delete(self, resident: Resident, before: datetime | None, creations: Sequence[OutcomeRow]) -> int | None:
+        """Delete the session with what is kept beside it; None: it is there no more, or not idle any more.
+
+        The result is the sequence of the deletion; 0: giving up its creation was all there was to do.
+        """
         session_id, incarnation = resident.session_id, resident.incarnation
         held = False
         while True:
             current = await self._door.locate(session_id)
             if current is None or current.incarnation != incarnation or not _is_idle(current, before):
-                return held  # giving up its creation was all there was to do
+                return 0 if held else None
             if current.held:
                 held = True
                 with suppress(Quarantined):  # the change behind it is refused too: it is given up next
@@ -134,10 +142,12 @@ class Purges:
                     seen = await self._door.write(
                         session_id, incarnation, partial(self._planner.forget, outcome, seen), durability="buffered"
                     )
-            if seen is not None and await self._door.write(
-                session_id, incarnation, partial(self._planner.delete_unchanged, seen), durability="buffered"
-            ):
-                return True
+            if seen is not None:
+                deletion = await self._door.write(
+                    session_id, incarnation, partial(self._planner.delete_unchanged, seen), durability="buffered"
+                )
+                if deletion is not None:
+                    return deletion
 
     async def _outcomes(self, resident: Resident) -> list[OutcomeRow]:
         """What is kept of the idempotent calls on the session."""
@@ -170,13 +180,15 @@ class Purges:
         now = self._door.now()
         return [row for row in outcomes if row.expires_at > now]  # the others go with the rows, as they are
 
-    async def _erase(self) -> None:
+    async def _erase(self, deletions: Iterable[int]) -> None:
         log = self._door.log
-        deleted = log.accepted
-        await log.wait_stored(deleted)
+        upto = log.accepted
+        await log.wait_stored(upto, first=upto + 1)  # what the database refuses of others is theirs to be told
         await self._scheduler.purged()
         if self._journal is not None:
-            await self._journal.erase(deleted)
+            await self._journal.erase(upto)
+        for deletion in deletions:
+            await log.wait_stored(deletion)
 
 
 def _is_idle(resident: Resident, before: datetime | None) -> bool:

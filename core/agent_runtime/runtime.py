@@ -321,6 +321,7 @@ class Runtime:
         Raises:
             StorageUnavailable: they are deleted, as by `delete`, but what was deleted is still there after
                 `durability_timeout_s`.
+            Quarantined: the database refuses a deletion; it is kept in quarantine.
         """
         check_limit("session_ids", len(session_ids), PAGE_ITEMS_MAX)
         for session_id in session_ids:
