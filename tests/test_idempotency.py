@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from agent_runtime.storage import FirstReads, Snapshot, Storage, StorageConfig, 
 from agent_runtime.testing import Faults, FaultyStorage, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from places import Place, everything, forget, in_file, place_fixture
-from writes import WRITES, begin
+from writes import WRITES, begin, methods_with
 
 pytestmark = pytest.mark.anyio
 
@@ -188,6 +190,111 @@ async def test_the_order_of_keys_is_no_difference_but_a_type_is(memory: Place) -
         for metadata in ({"a": 1.0, "b": [2]}, {"a": 1}, {}, None):
             with pytest.raises(IdempotencyConflict):
                 await session.append("user", "hi", metadata=metadata, idempotency_key="k")
+
+
+CREATION = {
+    "session_id": "other",
+    "user_id": "ada",
+    "system_prompt": "Be kind.",
+    "title": "t",
+    "description": "d",
+    "metadata": {"a": 1},
+    "agent": "coder",
+}
+MESSAGE = {
+    "role": "assistant",
+    "content": "ho",
+    "name": "n",
+    "tool_calls": [{"id": "c"}],
+    "tool_call_id": "c",
+    "token_count": 1,
+    "metadata": {"a": 1},
+}
+CHAT = {**MESSAGE, "extra": {"refusal": "no"}, "id": "m1", "created_at": "2026-01-01T00:00:00Z"}
+EVERY_ARGUMENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "create_session": ({}, CREATION),
+    "get_or_create_session": ({"session_id": "s2"}, CREATION),
+    "append": ({"role": "user", "content": "hi"}, MESSAGE),
+    "append_tool_result": (
+        {"call_id": "c", "tool_name": "f", "result": 1},
+        {"call_id": "d", "tool_name": "g", "result": 2},
+    ),
+    "update": ({}, {"title": "t", "description": "d", "metadata": {}}),
+    "merge": ({"patch": {}}, {"patch": {"description": None}}),
+    "switch_agent": ({"agent": "a"}, {"agent": "b", "reason": "r", "metadata": {}}),
+    "update_context": ({"metadata": {}}, {"metadata": {"a": 1}}),
+    "merge_context": ({"patch": {"a": 1}}, {"patch": {"a": None}}),
+    "put_document": (
+        {"collection": "c", "key": "k", "value": b"1"},
+        {"collection": "d", "key": "l", "value": b"2", "media_type": "x/y"},
+    ),
+    "delete_document": ({"collection": "c", "key": "k"}, {"collection": "d", "key": "l"}),
+    "request_approval": (
+        {"call_id": "c", "tool_name": "f", "arguments": {}},
+        {"call_id": "d", "tool_name": "g", "arguments": {"a": 1}, "reason": "r", "expires_in_s": 60},
+    ),
+    "decide_approval": (
+        {"approval_id": "a", "decision": "edit", "arguments": {"a": 1}},
+        {"approval_id": "b", "decision": "approve", "arguments": {"a": 2}, "reason": "r"},
+    ),
+}
+"""The arguments of each write, and others, any one of which makes another call of it."""
+
+
+def parameters(method: str) -> set[str]:
+    found = inspect.signature(getattr(Runtime, method, None) or getattr(SessionHandle, method)).parameters
+    return set(found) - {"self", "durability", "idempotency_key"}
+
+
+def test_every_argument_of_every_write_is_looked_at() -> None:
+    assert methods_with("idempotency_key") == {
+        *EVERY_ARGUMENT,
+        "append_message",
+        "append_json",
+        "append_many",
+        "pop",
+        "clear",
+        "delete",
+        "change_context",
+    }
+    assert {method: set(others) for method, (_, others) in EVERY_ARGUMENT.items()} == {
+        method: parameters(method) for method in EVERY_ARGUMENT
+    }
+    assert set(CHAT) == set(NewMessage.__struct_fields__)
+
+
+@pytest.mark.parametrize("method", EVERY_ARGUMENT)
+async def test_with_any_other_argument_it_is_another_call(memory: Place, method: str) -> None:
+    arguments, others = EVERY_ARGUMENT[method]
+    async with memory.open() as runtime:
+        session = await begin(runtime)
+        if "approval_id" in arguments:
+            arguments = {**arguments, "approval_id": (await session.request_approval("c", "f", {})).approval_id}
+        call = partial(getattr(runtime if "create" in method else session, method), idempotency_key="k")
+        await call(**arguments)
+        accepted = runtime.watermarks.accepted
+        for name, value in others.items():
+            changed = {**arguments, name: value}
+            if changed.get("decision") == "approve":
+                del changed["arguments"]
+            with pytest.raises(IdempotencyConflict):
+                await call(**changed)
+        await call(**arguments)
+        assert runtime.watermarks.accepted == accepted
+
+
+@pytest.mark.parametrize("method", ["append_message", "append_json", "append_many"])
+async def test_with_any_other_key_it_is_another_message(memory: Place, method: str) -> None:
+    def body(**chat: Any) -> Any:
+        return [chat] if method == "append_many" else chat
+
+    async with memory.open() as runtime:
+        session = await begin(runtime)
+        call = partial(getattr(session, method), idempotency_key="k")
+        await call(body(role="user", content="hi"))
+        for name, value in CHAT.items():
+            with pytest.raises(IdempotencyConflict):
+                await call(body(**{"role": "user", "content": "hi", name: value}))
 
 
 async def test_the_arguments_count_and_not_what_plugins_make_of_them(memory: Place) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import pytest
 import typer
 
+from agent_runtime import open_runtime
 from agent_runtime.changes import Batch, Change, Receipt
 from agent_runtime.errors import ConfigError, InvalidInput, PluginError
 from agent_runtime.hookspecs import HookSpecs, hookimpl
@@ -415,6 +416,28 @@ def test_a_failure_before_an_append_is_named_without_the_message() -> None:
     with pytest.raises(PluginError, match="returned a dict, not a NewMessage or None") as caught:
         loaded(plugin(before_append=lambda message: {"content": message.content})).before_append("s", MESSAGE)
     assert "secret" not in str(caught.value)
+
+
+BAD = NewMessage(role="user", content="\ud800")
+
+
+@pytest.mark.anyio
+async def test_what_plugins_make_of_a_message_passes_the_door_last() -> None:
+    """One message that a database would refuse would take a whole batch with it."""
+    async with open_runtime("memory:", plugins=[plugin(before_append=lambda message: BAD)]) as runtime:
+        with pytest.raises(InvalidInput, match=r"^system_prompt\.content: must not contain lone surrogates"):
+            await runtime.create_session("s", system_prompt="hi")
+        session = await runtime.create_session("s")
+        for append, path in (
+            (session.append("user", "hi"), "content"),
+            (session.append_message({"role": "user"}), "content"),
+            (session.append_json({"role": "user"}), "content"),
+            (session.append_tool_result("c", "f", 1), "content"),
+            (session.append_many([{"role": "user"}]), r"messages\[0\].content"),
+        ):
+            with pytest.raises(InvalidInput, match=f"^{path}: must not contain lone surrogates"):
+                await append
+        assert runtime.watermarks.accepted == 1
 
 
 # -- observers --------------------------------------------------------------------------------------------------------

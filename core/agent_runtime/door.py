@@ -392,8 +392,7 @@ class Door:
 
     async def _stored_outcome(self, scope: str, current: Resident | None, key: str) -> OutcomeRow | None:
         async with self.view(current) as snapshot:
-            row = await snapshot.outcome(scope, key)
-            return self._known_outcome(scope, current, key) or row
+            return await snapshot.outcome(scope, key)
 
     async def _repeat(self, outcome: OutcomeRow, request: Request[T], level: Durability) -> T:
         """Answer a call that was made before with what it gave then."""
