@@ -18,6 +18,7 @@ from agent_runtime import (
     ApprovalNotFound,
     DurabilityNotReached,
     InvalidInput,
+    Quarantined,
     Runtime,
     SessionHandle,
     SessionNotFound,
@@ -25,7 +26,7 @@ from agent_runtime import (
 from agent_runtime.approvals import APPROVALS, ApprovalStatus, Deciding, Decision
 from agent_runtime.archive import archive_line, parse_line
 from agent_runtime.identifiers import utc_now
-from agent_runtime.testing import Faults, faulty_plugin
+from agent_runtime.testing import Faults, faulty_plugin, writes_session
 from agent_runtime.transfer import read_archive, restore_session
 from agent_runtime_memory import MemoryDatabase
 from places import KINDS, SHORT, Place, forget, in_file, in_memory, place_of, values
@@ -209,6 +210,51 @@ async def test_what_is_not_decided_in_time_expires() -> None:
             await session.decide_approval(approval.approval_id, "approve")
         assert caught.value.approval.status == "expired"
         await session.decide_approval(other.approval_id, "approve")
+
+
+async def test_the_moment_at_which_it_expires_is_too_late() -> None:
+    async with in_memory().open() as runtime:
+        session = await runtime.create_session("s1")
+        moment = utc_now()
+        runtime._door.now = lambda: moment
+        approval = await asked(session, expires_in_s=60)
+        moment += timedelta(seconds=60) - timedelta(microseconds=1)
+        assert await session.approvals() == [approval]
+        moment += timedelta(microseconds=1)
+        assert await session.approvals() == []
+        with pytest.raises(ApprovalDecided):
+            await session.decide_approval(approval.approval_id, "approve")
+
+
+async def test_a_clock_that_is_set_back_changes_no_order() -> None:
+    async with in_memory().open() as runtime:
+        session = await runtime.create_session("s1")
+        moment = utc_now()
+        runtime._door.now = lambda: moment
+        made = []
+        for _ in range(3):
+            made.append(await asked(session))
+            moment -= timedelta(hours=1)
+        assert await session.approvals() == made
+
+
+async def test_a_request_that_the_database_refuses_is_not_shown() -> None:
+    faults = Faults()
+    async with Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults)).open() as runtime:
+        session = await runtime.create_session("s1")
+        shown = await asked(session)
+        poison = faults.reject(writes_session(session.incarnation))
+        with pytest.raises(Quarantined):
+            await asked(session)
+        assert await session.approvals(status=None) == [shown]
+        refused = next(
+            each.key for each in (await session.list_documents(APPROVALS)).items if each.key != shown.approval_id
+        )
+        with pytest.raises(ApprovalNotFound):
+            await session.approval(refused)
+        poison.stop()
+        await runtime.quarantine.replay("s1")
+        assert [each.approval_id for each in await session.approvals()] == [shown.approval_id, refused]
 
 
 async def test_what_was_decided_in_time_does_not_expire() -> None:

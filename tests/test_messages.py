@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -21,7 +23,9 @@ from agent_runtime import (
     Page,
     Runtime,
     SessionHandle,
+    StorageUnavailable,
 )
+from agent_runtime.storage import Snapshot
 from places import (
     SHORT,
     Place,
@@ -39,6 +43,26 @@ pytestmark = pytest.mark.anyio
 
 place = place_fixture()
 memory = place_fixture(("memory",))
+
+
+async def test_a_database_that_shows_what_was_before_is_not_read(place: Place) -> None:
+    """As one does that is asked at a replica, or through a pool that keeps transactions open."""
+    async with place.open() as runtime:
+        session = await runtime.create_session("s1", durability="stored")
+        storage = runtime._door.storage
+        async with storage.snapshot() as before:
+            await session.append("user", "hi", durability="stored")
+            forget(runtime)
+
+            @asynccontextmanager
+            async def lagging(**_: object) -> AsyncIterator[Snapshot]:
+                yield before
+
+            with patch.object(storage, "snapshot", lagging):
+                for read in (session.messages, session.history, runtime.list_sessions):
+                    with pytest.raises(StorageUnavailable, match="answers from 1, 2 is stored already"):
+                        await read()
+        assert len((await session.messages()).items) == 1
 
 
 # --- appending --------------------------------------------------------------------------------------------------------
@@ -346,3 +370,17 @@ async def test_a_history_is_valid_and_limited_by_whole_groups(place: Place) -> N
         assert (await session.record()).message_count == 182
 
     await at_every_stage(place, write, look)
+
+
+async def test_a_message_may_be_as_large_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with in_memory().open() as runtime:
+        session = await runtime.create_session("s1")
+        size = len(await session.append_json({"role": "user", "content": "x" * 500}))
+        monkeypatch.setattr("agent_runtime.plans.MESSAGE_BYTES_MAX", size)
+        assert len(await session.append_json({"role": "user", "content": "x" * 500})) == size
+        for content, where in (("x" * 501, "message"), ("x" * 499 + "é", "message")):
+            with pytest.raises(InvalidInput, match=f"^{where}: takes {size + 1} bytes as JSON, the most is {size}$"):
+                await session.append("user", content)
+        with pytest.raises(InvalidInput, match=r"^messages\[1\]: takes"):
+            await session.append_many([{"role": "user"}, {"role": "user", "content": "x" * 501}])
+        assert (await session.record()).message_count == 2

@@ -15,6 +15,7 @@ import pytest
 
 from agent_runtime import (
     DurabilityNotReached,
+    InvalidInput,
     LeaseLost,
     NewMessage,
     Overloaded,
@@ -262,6 +263,26 @@ async def test_past_the_budget_an_append_waits_and_then_fails_and_changes_nothin
         audit_at_rest(runtime)
         await check_all(runtime, model)
     async with running(Faults(), database) as runtime:
+        await check_all(runtime, model)
+
+
+async def test_a_change_that_takes_all_the_room_there_is_waits_for_it_and_a_larger_one_is_refused() -> None:
+    faults, model = Faults(), Model()
+    async with observed(faults, pending_bytes_max=65_536) as (runtime, _):
+        each = await producer(runtime, model, "s")
+        await each.append("a title")
+        await runtime.flush()
+        await each.append("x" * 60_000)
+        short = 65_536 - runtime._budget.used
+        await runtime.flush()
+        await each.append("x" * (60_000 + short))
+        assert runtime._budget.used == 65_536
+        await each.append("y" * (60_000 + short))  # for which the first must be stored
+        assert runtime._budget.used == 65_536
+        with pytest.raises(InvalidInput, match=r"takes 65537 bytes, more than all of .* \(65536\)"):
+            await each.append("z" * (60_001 + short))
+        await runtime.flush()
+        audit_at_rest(runtime)
         await check_all(runtime, model)
 
 

@@ -26,7 +26,7 @@ from agent_runtime import (
     hookimpl,
 )
 from agent_runtime.changes import Change
-from agent_runtime.testing import Fault, Faults, creates_session, writes_message
+from agent_runtime.testing import Fault, Faults, creates_session, writes_message, writes_session
 from agent_runtime_memory import MemoryDatabase
 from model import Model, ModelSession
 from rig import all_wait, audit, audit_at_rest, config, opened, running
@@ -271,6 +271,31 @@ async def test_the_key_of_a_poisoned_creation() -> None:
         await runtime.quarantine.drop("s")
         poison.stop()
         assert (await runtime.create_session("s", idempotency_key="k")).incarnation != handle.incarnation
+
+
+async def test_the_key_of_a_poisoned_call() -> None:
+    """While the call is held its key answers, but not as stored, also after a restart; once it is dropped it is free."""
+    world = World()
+
+    async with world.open() as runtime:
+        session = await runtime.create_session("s", durability="stored")
+        poison = world.faults.reject(writes_session(session.incarnation))
+        message = await session.append("user", "hi", idempotency_key="k")
+        with pytest.raises(Quarantined):
+            await runtime.flush()
+    for _ in range(2):
+        async with world.open() as runtime:
+            session = await runtime.get_session("s")
+            assert await session.append("user", "hi", idempotency_key="k") == message
+            with pytest.raises(Quarantined):
+                await session.append("user", "hi", idempotency_key="k", durability="stored")
+    async with world.open() as runtime:
+        poison.stop()
+        await runtime.quarantine.drop("s")
+        session = await runtime.get_session("s")
+        again = await session.append("user", "hi", idempotency_key="k", durability="stored")
+        assert (await session.messages()).items == [again]
+        assert again.seq == 2
 
 
 # --- a poisoned change in the middle ----------------------------------------------------------------------------------

@@ -197,6 +197,20 @@ async def test_a_deletion_that_the_database_refuses_is_told() -> None:
         assert [each.sequence for each in await runtime.quarantine.entries()] == [3]
 
 
+async def test_a_call_while_it_is_looked_what_there_is_goes_too(tmp_path: Path) -> None:
+    faults = Faults()
+    plugin: Any = faulty_plugin(open_storage, faults)
+    async with open_runtime(config(f"faulty:sqlite:///{tmp_path}/sessions.db"), plugins=[plugin]) as runtime:
+        session = await runtime.create_session("gone", durability="stored")
+        gate = faults.hold("outcomes", nth=2)  # those of the session; the first are those of creations
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(runtime.purge_sessions, ["gone"])
+            await gate.reached.wait()
+            await session.append("user", CANARY, idempotency_key="k")
+            gate.open()
+        assert where(tmp_path) == []
+
+
 async def test_only_what_is_idle_goes() -> None:
     async with open_runtime("memory:") as runtime:
         session = await runtime.create_session("s1")

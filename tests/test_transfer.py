@@ -611,6 +611,32 @@ async def test_many_may_restore_a_session_at_once(monkeypatch: pytest.MonkeyPatc
         assert restored.count("created") <= 1
 
 
+async def test_who_writes_to_a_session_that_is_restored_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent_runtime.archives._PART_MESSAGES", 1)
+    contents = [str(number) for number in range(200)]
+    archive = parse_line(json.dumps(line_of("s", *contents)).encode(), NOW)
+    async with in_memory().open() as runtime:
+        refused: list[str] = []
+
+        async def restore() -> None:
+            try:
+                await restore_session(runtime, archive)
+            except SessionExists as error:
+                refused.append(error.session_id)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(restore)
+            while not runtime.watermarks.accepted:
+                await anyio.sleep(0)
+            session = await runtime.get_session("s")
+            theirs = await session.append("user", "theirs")
+        await runtime.flush()
+        messages = [message async for message in session.scan_messages()]
+        assert refused == ["s"]
+        assert messages[-1] == theirs
+        assert [message.content for message in messages[:-1]] == contents[: len(messages) - 1]
+
+
 async def test_one_file_may_name_a_session_twice() -> None:
     lines_of_one = [line_of("s", *map(str, range(count))) for count in (2, 1, 5, 3, 5)]
     async with in_memory().open() as runtime:
