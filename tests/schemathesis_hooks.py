@@ -16,6 +16,8 @@ from schemathesis.specs.openapi.checks import ensure_resource_availability, use_
 REASONS = re.compile(
     "is not one that a list gave"  # a cursor
     "|is given twice: here and as a key"  # of `extra`, and of the message
+    "|is given by the runtime; leave it out"  # `seq`: of a message any other key is kept
+    "|is a field of the message itself and can't be an extra key"
     "|must be an int, not float"  # 1.0 is an integer to JSON Schema
     "|must lie in the years 1970 to 9999"
 )
@@ -46,7 +48,7 @@ def after_call(
     """
     if response.status_code not in (200, 201, 204):
         return
-    label, path = case.operation.label, _path(response)
+    label, path = f"{case.method} {case.path}", _path(response)  # with the method that was sent: it tries others too
     created: dict[Path, object] = {}
     if label == "POST /v1/sessions":
         created = {(*path, response.json()["session_id"]): response.json()}
