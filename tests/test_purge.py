@@ -6,6 +6,7 @@ import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 import pytest
@@ -20,6 +21,8 @@ from agent_runtime import (
     open_runtime,
 )
 from agent_runtime.errors import ChangeRejected
+from agent_runtime.residents import Resident
+from agent_runtime.rows import OutcomeRow
 from agent_runtime.testing import Faults, faulty_plugin, writes_session
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_sqlite.storage import open_storage
@@ -197,17 +200,23 @@ async def test_a_deletion_that_the_database_refuses_is_told() -> None:
         assert [each.sequence for each in await runtime.quarantine.entries()] == [3]
 
 
-async def test_a_call_while_it_is_looked_what_there_is_goes_too(tmp_path: Path) -> None:
-    faults = Faults()
-    plugin: Any = faulty_plugin(open_storage, faults)
-    async with open_runtime(config(f"faulty:sqlite:///{tmp_path}/sessions.db"), plugins=[plugin]) as runtime:
-        session = await runtime.create_session("gone", durability="stored")
-        gate = faults.hold("outcomes", nth=2)  # those of the session; the first are those of creations
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(runtime.purge_sessions, ["gone"])
-            await gate.reached.wait()
-            await session.append("user", CANARY, idempotency_key="k")
-            gate.open()
+async def test_a_call_that_comes_between_the_looks_goes_too(tmp_path: Path) -> None:
+    async with open_runtime(config(f"sqlite:///{tmp_path}/sessions.db")) as runtime:
+        session = await runtime.create_session("gone")
+        look = runtime._purges._outcomes
+        looks = 0
+
+        async def looking(resident: Resident) -> list[OutcomeRow]:
+            nonlocal looks
+            looks += 1
+            found = await look(resident)
+            if looks < 3:
+                await session.append("user", CANARY, idempotency_key=f"k{looks}")
+            return found
+
+        with patch.object(runtime._purges, "_outcomes", looking):
+            assert len(await runtime.purge_sessions(["gone"])) == 1
+        assert looks == 3
         assert where(tmp_path) == []
 
 
