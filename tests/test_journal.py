@@ -51,7 +51,7 @@ class JournaledPlace:
 
     def config(self, **sections: dict[str, Any]) -> Config:
         defaults: dict[str, dict[str, Any]] = {
-            "write_behind": {"interval_s": NEVER_S, "drain_timeout_s": 0.05, "durability_timeout_s": 20.0},
+            "write_behind": {"interval_s": NEVER_S, "drain_timeout_s": 20.0, "durability_timeout_s": 20.0},
             "lease": {"duration_s": 60.0},
         }
         names = defaults | sections
@@ -67,6 +67,7 @@ class JournaledPlace:
     @asynccontextmanager
     async def open_without_storing(self, **sections: dict[str, Any]) -> AsyncIterator[Runtime]:
         """A runtime of which the database gets nothing more: all that is written there stays in the journal."""
+        sections["write_behind"] = {"drain_timeout_s": 0.05} | sections.get("write_behind", {})
         try:
             async with self.open(**sections) as runtime:
                 outage = self.faults.fail("apply")

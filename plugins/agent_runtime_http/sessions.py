@@ -99,7 +99,11 @@ async def delete_session(call: Call) -> Answer:
     return NO_CONTENT
 
 
-@operation(Gives(200, PurgedSessions), takes=Takes(Purge, example={"session_ids": ["porto"], "dry_run": True}))
+@operation(
+    Gives(200, PurgedSessions),
+    takes=Takes(Purge, example={"session_ids": ["porto"], "dry_run": True}),
+    refuses=["quarantined"],
+)
 async def purge_sessions(call: Call) -> Answer:
     """Delete sessions so that nothing of them is left.
 
