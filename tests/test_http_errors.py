@@ -128,6 +128,15 @@ async def test_a_body_of_just_the_limit_in_many_chunks_is_read() -> None:
         assert (reply.status, reply.json["content"]) == (201, "x" * 1500)
 
 
+async def test_a_body_of_just_the_limit_that_says_so_is_read() -> None:
+    body = json.dumps(MESSAGE | {"content": "x" * 1500}).encode()
+    async with opened(http={"body_bytes_max": len(body)}) as app:
+        await app("PUT", S1)
+        for chunk, status in ((body, 201), (body + b" ", 413)):
+            length = {"content-length": str(len(chunk))}
+            assert (await app("POST", MESSAGES, headers=JSON | length, chunks=[chunk])).status == status
+
+
 @pytest.mark.parametrize(("method", "target"), BODIES)
 async def test_who_hangs_up_within_a_body_has_changed_nothing(method: str, target: str) -> None:
     async with opened() as app:

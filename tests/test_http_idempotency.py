@@ -212,6 +212,7 @@ def test_what_is_no_key_is_refused(values: list[bytes], status: int) -> None:
 
 
 def test_a_key_with_and_without_quotes_is_one() -> None:
+    assert read(b"x" * 255) == read(b'"' + b"x" * 255 + b'"') == "x" * 255
     assert read(b"8e03978e-40d5+/=") == read(b'"8e03978e-40d5+/="') == "8e03978e-40d5+/="
     assert read() is None
 

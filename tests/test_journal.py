@@ -520,6 +520,23 @@ async def test_what_lives_in_memory_has_a_journal_if_told_so(tmp_path: Path) -> 
             await session.append("user", str(number), durability="stored")
 
 
+async def test_what_lives_in_memory_is_never_said_to_survive_a_power_loss(tmp_path: Path) -> None:
+    faults = Faults()
+    plugin = faulty_plugin(MemoryDatabase().open, faults)
+    config = Config.of(
+        "faulty:memory:",
+        journal={"directory": str(tmp_path / "journal"), "sync_interval_s": 0.001},
+        write_behind={"durability_timeout_s": 0.1, "drain_timeout_s": 5.0},
+    )
+    async with open_runtime(config, plugins=[plugin]) as runtime:
+        session = await runtime.create_session("a", durability="stored")
+        outage = faults.fail("apply")
+        with pytest.raises(DurabilityNotReached) as caught:
+            await session.append("user", "hi", durability="stored")
+        assert (caught.value.reached, runtime._log.synced) == ("journaled", caught.value.sequence)
+        outage.stop()
+
+
 # --- room ------------------------------------------------------------------------------------------------------------
 
 

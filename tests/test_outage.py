@@ -27,7 +27,7 @@ from agent_runtime import (
     hookimpl,
 )
 from agent_runtime.changes import Batch, Receipt
-from agent_runtime.errors import DrainIncomplete
+from agent_runtime.errors import DrainIncomplete, SequenceMismatch
 from agent_runtime.storage import StorageConfig
 from agent_runtime.testing import Faults
 from agent_runtime_memory import MemoryDatabase
@@ -130,6 +130,23 @@ async def test_an_outage_of_a_minute_under_load_loses_nothing() -> None:
     async with running(Faults(), database) as runtime:
         await check_all(runtime, model)
     assert sum(len(session.messages) for session in model.sessions.values()) > 700
+
+
+async def test_a_purge_that_fails_is_tried_again_every_ten_seconds_and_stops_nobody() -> None:
+    faults = Faults()
+    async with running(faults) as runtime:
+        session = await runtime.create_session("s")
+        await session.append("user", "hi", durability="stored")
+        await all_wait()
+        outage = faults.fail("purge")
+        await session.clear(durability="stored")
+        await session.append("user", "ho", durability="stored")
+        await anyio.sleep(35.0)
+        assert outage.hits == 4
+        outage.stop()
+        purges = faults.calls.count("purge")
+        await anyio.sleep(10.0)
+        assert faults.calls.count("purge") - purges == 2  # the message, and nothing more
 
 
 async def test_tries_grow_rarer_up_to_ten_seconds_and_are_spread() -> None:
@@ -412,6 +429,21 @@ async def test_at_most_one_transaction_an_interval_or_a_thousand_changes() -> No
         assert max(receipt.changes for _, receipt in observer.stored) == 1000
 
 
+async def test_half_the_budget_is_reason_enough_for_a_batch() -> None:
+    faults, model = Faults(), Model()
+    async with observed(faults, pending_bytes_max=65_536, interval_s=1000.0) as (runtime, observer):
+        each = await producer(runtime, model, "s")
+        while runtime._budget.used + 4500 < 32_768:
+            await each.append("x" * 4000)
+        await anyio.sleep(100)
+        assert observer.stored == []
+        start = anyio.current_time()
+        await each.append("x" * 9000)
+        await all_wait()
+        assert (len(observer.stored), anyio.current_time()) == (1, start)
+        await check_all(runtime, model)
+
+
 async def test_no_change_waits_longer_than_an_interval_while_batches_are_quick() -> None:
     faults, model = Faults(), Model()
     async with observed(faults) as (runtime, observer):
@@ -588,6 +620,19 @@ async def test_a_lease_that_is_lost_is_found_out_by_a_batch() -> None:
             await handle.append("user", "x", durability="stored")
         assert isinstance(caught.value.__cause__, LeaseLost)
         await check_that_all_is_over(runtime, handle)
+
+
+@pytest.mark.parametrize("found", [1, 4, 0], ids=["what is stored already", "more than there is", "less than stored"])
+async def test_a_database_that_stands_where_this_runtime_did_not_take_it_is_another_s(found: int) -> None:
+    faults = Faults()
+    with pytest.raises(LeaseLost, match=f"the database stands at sequence {found}, this runtime stored up to 1 of 3"):
+        async with running(faults) as runtime:
+            handle = await runtime.create_session("s", durability="stored")
+            await handle.append("user", "x")
+            faults.fail("apply", nth=1, error=SequenceMismatch(1, found))
+            with pytest.raises(DurabilityNotReached, match="somebody else writes to it"):
+                await handle.append("user", "y", durability="stored")
+            await check_that_all_is_over(runtime, handle)
 
 
 async def test_a_lease_that_is_lost_is_found_out_by_its_renewal() -> None:

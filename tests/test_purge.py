@@ -252,9 +252,17 @@ async def test_a_database_that_is_away_is_said_and_made_up_for() -> None:
 
 async def test_input_is_checked() -> None:
     async with open_runtime("memory:") as runtime:
-        for wrong in ([], ["a/b"], ["x"] * 1001):
+        session = await runtime.create_session("a")
+        lists: list[Any] = [[], ["a/b"], ["x"] * 1001, "a", b"a", {"a"}]
+        for wrong in lists:
             with pytest.raises(InvalidInput, match="session_ids"):
                 await runtime.purge_sessions(wrong)
+        lengths: list[Any] = [timedelta(0), timedelta(days=-1), timedelta(days=36_501), timedelta.max, 60]
+        for wrong in lengths:
+            with pytest.raises(InvalidInput, match="idle_longer_than"):
+                await runtime.purge_sessions(["a"], idle_longer_than=wrong)
+        assert await runtime.purge_sessions(["a"], idle_longer_than=timedelta(days=36_500)) == []
+        assert await session.record()
 
 
 async def test_no_row_and_no_frame_is_left_with_postgresql(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import re
 from datetime import timedelta
 from typing import Final
 
-__all__ = ["duration"]
+__all__ = ["LENGTH_MAX", "duration"]
 
 _DURATION: Final = re.compile(r"(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 _UNITS: Final = ("weeks", "days", "hours", "minutes", "seconds")
-_MAX: Final = timedelta(days=36_500)
+LENGTH_MAX: Final = timedelta(days=36_500)
 
 
 def duration(text: str) -> timedelta:
@@ -27,6 +27,6 @@ def duration(text: str) -> timedelta:
         length = timedelta(**numbers)
     except OverflowError:
         length = timedelta.max
-    if not timedelta(0) < length <= _MAX:
+    if not timedelta(0) < length <= LENGTH_MAX:
         raise ValueError("must be more than nothing, and at most a hundred years (36500d)")
     return length

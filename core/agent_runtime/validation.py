@@ -14,12 +14,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from hashlib import sha256
 from typing import Any, Final, NoReturn, TypeAlias, TypeGuard
 
 import msgspec
 
+from .durations import LENGTH_MAX
 from .errors import InvalidInput, path_keys
 from .records import ROLES, NewMessage
 
@@ -33,6 +34,7 @@ __all__ = [
     "check_id",
     "check_json",
     "check_label",
+    "check_length",
     "check_limit",
     "check_message",
     "check_name",
@@ -202,6 +204,15 @@ def _parse_time(path: str, value: object) -> datetime:
     if parsed is None or parsed.utcoffset() is None:
         _refuse(path, "must be an ISO 8601 time with an offset, such as 2025-01-31T12:00:00Z")
     return check_time(path, parsed)
+
+
+def check_length(path: str, value: object) -> timedelta:
+    """A length of time: more than nothing, at most a hundred years."""
+    if not isinstance(value, timedelta):
+        _refuse(path, f"must be a timedelta, not {_kind(value)}")
+    if not timedelta(0) < value <= LENGTH_MAX:
+        _refuse(path, f"must be more than nothing, and at most {LENGTH_MAX.days} days")
+    return value
 
 
 def _check_int(path: str, value: object, minimum: int, maximum: int) -> int:
