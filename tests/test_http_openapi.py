@@ -122,6 +122,16 @@ async def test_an_empty_value_is_no_false_for_what_would_purge(empty: object) ->
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("length", [0, -1, True, "60", 1e300, []])
+async def test_what_is_no_length_purges_nothing(length: object) -> None:
+    async with opened() as app:
+        await app("PUT", "/v1/sessions/porto")
+        refused = await app("POST", "/v1/purge", {"session_ids": ["porto"], "idle_longer_than_s": length})
+        assert (refused.status, refused.pointers) == (422, ["/idle_longer_than_s"])
+        assert (await app("GET", "/v1/sessions/porto")).status == 200
+
+
+@pytest.mark.anyio
 async def test_it_is_made_once_and_says_where_it_is_mounted() -> None:
     inner = create_app("memory:")
     outer = App(Starlette(routes=[Mount("/agents", inner)]), root="/agents")

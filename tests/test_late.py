@@ -353,6 +353,25 @@ async def test_older_contexts_and_documents_give_way(world: World) -> None:
         assert (record.title, record.description) == ("newer", "late")
 
 
+async def test_a_late_deletion_takes_no_document_that_is_newer(world: World) -> None:
+    async with world.open() as runtime:
+        session = await runtime.create_session("s")
+        for key in ("kept", "newer", "again"):
+            await session.put_document("notes", key, "old")
+    async with world.losing() as runtime:
+        session = await opened(runtime)
+        for key in ("newer", "again"):
+            assert await session.delete_document("notes", key)
+    async with world.second() as runtime:
+        session = await opened(runtime)
+        await session.put_document("notes", "newer", "new")
+        await session.delete_document("notes", "again")
+        await session.put_document("notes", "again", "new")
+    async with world.open() as runtime:
+        documents = (await (await opened(runtime)).list_documents("notes")).items
+        assert {each.key: each.value for each in documents} == {"kept": "old", "newer": "new", "again": "new"}
+
+
 async def test_what_nobody_has_touched_comes_in_as_it_was(world: World) -> None:
     async with world.open() as runtime:
         session = await runtime.create_session("s")
