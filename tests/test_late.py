@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -448,6 +448,29 @@ async def test_a_late_deletion_deletes_what_nobody_has_changed(world: World) -> 
         assert await shown(runtime, "s") == ["anew"]
         assert await shown(runtime, "t") == ["meanwhile"]
         assert await runtime.quarantine.entries() == []
+
+
+async def test_a_late_deletion_leaves_a_session_in_which_anything_was_changed_since(world: World) -> None:
+    changes: dict[str, Callable[[SessionHandle], Awaitable[object]]] = {
+        "document": lambda session: session.put_document("notes", "n", 1),
+        "agent": lambda session: session.switch_agent("coder"),
+        "context": lambda session: session.update_context(metadata={"a": 1}),
+        "title": lambda session: session.update(title="newer"),
+        "message": lambda session: session.append("user", "meanwhile"),
+    }
+    async with world.open() as runtime:
+        for name in (*changes, "nothing"):
+            await (await runtime.create_session(name)).append("user", "x")
+    async with world.losing() as runtime:
+        for name in (*changes, "nothing"):
+            await (await opened(runtime, name)).delete()
+    async with world.second() as runtime:
+        for name, change in changes.items():
+            await change(await opened(runtime, name))
+    async with world.open() as runtime:
+        assert {record.session_id async for record in runtime.scan_sessions()} == set(changes)
+        for name in changes:
+            assert await shown(runtime, name) == (["meanwhile"] if name == "message" else [])
 
 
 async def test_a_late_deletion_of_a_session_that_is_gone_is_done(world: World) -> None:
