@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from typing import Any
@@ -193,6 +194,26 @@ async def test_a_path_that_is_wrong_is_named() -> None:
             assert told == [(target, status, [pointer])] * len(told)
             assert told
         assert (await app("GET", MESSAGES)).json["items"]
+
+
+async def test_a_compressed_body_is_neither_read_nor_kept_as_what_it_is_not() -> None:
+    document = f"{S1}/documents/notes/a"
+    async with opened() as app:
+        await app("PUT", S1)
+        for method, target, body in (
+            ("POST", MESSAGES, b'{"role": "user", "content": "hi"}'),
+            ("PUT", document, b'{"a": 1}'),
+            ("PUT", document, b"hello"),
+        ):
+            headers = {"content-type": "text/plain" if body == b"hello" else "application/json"}
+            for coding in ("gzip", "GZIP", "br", "identity, gzip"):
+                coded = {**headers, "content-encoding": coding}
+                reply = await refused(app, method, target, gzip.compress(body), headers=coded)
+                assert (reply.status, reply.slug) == (415, "unsupported-media-type")
+                assert "Content-Encoding" in reply.json["detail"]
+                assert reply.headers["accept-encoding"] == "identity"
+            plain = {**headers, "content-encoding": "identity"}
+            assert (await app(method, target, body, headers=plain)).status in (200, 201)
 
 
 async def test_what_is_nowhere_is_not_found() -> None:
@@ -494,7 +515,13 @@ async def test_before_the_runtime_is_open_and_after() -> None:
     app = App(starlette)
 
     async def check(state: str) -> None:
-        for method, path in (("GET", "/v1/sessions"), ("POST", MESSAGES), ("GET", "/v1/status"), ("POST", "/v1/flush")):
+        for method, path in (
+            ("GET", "/v1/sessions"),
+            ("POST", MESSAGES),
+            ("GET", "/v1/status"),
+            ("POST", "/v1/flush"),
+            ("GET", "/metrics"),  # a plugin's, which has its routes from a runtime
+        ):
             reply = await app(method, path, MESSAGE if path == MESSAGES else None)
             assert (reply.status, reply.slug, reply.headers["retry-after"]) == (503, "runtime-closed", "5")
         ready = await app("GET", "/readyz")

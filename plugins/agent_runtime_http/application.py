@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Final
 
 import anyio
@@ -69,12 +70,18 @@ class _Application(Starlette):
             for path, resource in self._resources.items()
             if path.startswith(_BELOW_SESSION)
         }
-        stack: ASGIApp = ExceptionMiddleware(self.router, handlers={HTTPException: _refused})
+        stack: ASGIApp = ExceptionMiddleware(self.router, handlers={HTTPException: self._refused})
         public = [path for path, methods in SERVED.items() if all(each.public for each in methods.values())]
         stack = Surface(stack, self._service, hot, public)
         for added, args, kwargs in reversed(self.user_middleware):
             stack = added(stack, *args, **kwargs)
         return stack
+
+    async def _refused(self, _request: Request, error: Exception) -> Response:
+        """What Starlette's router and plugins' routes refuse, in our form."""
+        if isinstance(error, HTTPException) and error.status_code == HTTPStatus.NOT_FOUND:
+            self._service.running()  # until it runs a plugin's routes are missing, which is no reason to say: never was
+        return answer_to(error)  # type: ignore[return-value]  # an ASGI application, which is all that is asked for
 
 
 def create_app(
@@ -92,11 +99,6 @@ def create_app(
     if not isinstance(config, Config):
         config = load_config() if config is None else Config.of(config)
     return _Application(Service(config, plugins=plugins, address=address))
-
-
-async def _refused(_request: Request, error: Exception) -> Response:
-    """What Starlette's router and plugins' routes refuse, in our form."""
-    return answer_to(error)  # type: ignore[return-value]  # an ASGI application, which is all that is asked for
 
 
 @asynccontextmanager

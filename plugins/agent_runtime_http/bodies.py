@@ -1,7 +1,8 @@
 """What comes in as a body: counted while it is read, checked for its type, decoded.
 
-Guarantees: no more than the limit (and one chunk) is ever held; nothing is decoded that says it is something else; what
-is not JSON is told apart from JSON that holds what can't be stored (NaN, lone surrogates, …), for the runtime to name.
+Guarantees: no more than the limit (and one chunk) is ever held; nothing is decoded that says it is something else, nor
+anything taken that is compressed; what is not JSON is told apart from JSON that holds what can't be stored (NaN, lone
+surrogates, …), for the runtime to name.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max:
     """The whole body.
 
     Raises:
-        Refusal: it has more than `bytes_max` bytes.
+        Refusal: it has more than `bytes_max` bytes, or is compressed.
         Disconnected: the client went before its end.
     """
+    if b"content-encoding" in headers and headers[b"content-encoding"].strip().lower() not in (b"", b"identity"):
+        raise Refusal(
+            "unsupported-media-type",
+            "compressed bodies are not read here: send it as it is, without Content-Encoding",
+            headers=[(b"accept-encoding", b"identity")],
+        )
     length = headers.get(b"content-length", b"")
     if length.isdigit() and (len(length) > 15 or int(length) > bytes_max):
         raise _too_large(bytes_max)
