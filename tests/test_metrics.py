@@ -143,7 +143,7 @@ async def test_each_of_several_runtimes_has_figures_of_its_own() -> None:
                 figures = Figures((await both("GET", f"/{name}/metrics")).body.decode())
                 assert figures("watermark", level="accepted") == count
                 assert figures("info", version=version("agent-runtime"), storage="memory", durability="buffered") == 1
-        assert (await both("GET", "/one/metrics")).status == 404
+        assert (await both("GET", "/one/metrics")).status == 503  # by which Prometheus knows that it is down
 
 
 @pytest.mark.anyio
