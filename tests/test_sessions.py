@@ -7,6 +7,7 @@ import uuid
 from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -727,6 +728,32 @@ async def test_a_closed_runtime_says_so(place: Place) -> None:
     for blocking_call in blocking_calls:
         with pytest.raises(RuntimeClosed, match="the runtime is closed"):
             blocking_call()
+
+
+async def test_a_call_from_the_event_loop_of_another_thread_is_refused_and_changes_nothing(
+    memory: Place, anyio_backend_name: str
+) -> None:
+    async with memory.open() as runtime:
+        session = await runtime.create_session("s1")
+        before = await everything(session)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            *[partial(call, session) for call in EVERY_CALL],
+            partial(runtime.create_session, "s2"),
+            runtime.create_session,
+            partial(runtime.get_or_create_session, "s1"),
+            partial(runtime.get_session, "s1"),
+            runtime.list_sessions,
+            runtime.flush,
+            runtime.quarantine.entries,
+        ]
+
+        async def refused() -> None:
+            for call in calls:
+                with pytest.raises(RuntimeError, match=r"another thread .* open_runtime_blocking"):
+                    await call()
+
+        await anyio.to_thread.run_sync(partial(anyio.run, refused, backend=anyio_backend_name))
+        assert await everything(session) == before
 
 
 async def test_an_error_inside_comes_out_as_it_is_and_loses_nothing(place: Place) -> None:

@@ -6,7 +6,8 @@ it in memory, hand it to the scheduler. There is no lock, no await and no task i
 happened, whatever is cancelled. After it the change stands; waiting for a higher level may fail, the change does not.
 
 Guarantees: a failure or cancellation before the commit changes nothing; one load at a time for a session, whose failure
-all who wait for it share; no history is loaded to write.
+all who wait for it share; no history is loaded to write; calls from another thread, where that step would not be whole,
+are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
-from typing import Final, Generic, TypeVar, cast, get_args
+from threading import get_ident
+from typing import Final, Generic, NoReturn, TypeVar, cast, get_args
 
 import anyio
 import msgspec
@@ -114,6 +116,7 @@ class Door:
         self._creations: OrderedDict[str, OutcomeRow] = OrderedDict()
         self._turn = _TURN
         self._closed: AgentRuntimeError | None = None
+        self._thread = get_ident()
         self.appends: dict[Durability, Histogram] = {level: Histogram.of(SECONDS) for level in levels}
 
     def close(self, error: AgentRuntimeError | None = None) -> None:
@@ -122,9 +125,17 @@ class Door:
             self._closed = error or RuntimeClosed()
 
     def check_open(self) -> None:
-        """Raise what every call raises now, if the door is closed."""
+        """Raise what every call raises now, if the door is closed or the call comes from another thread."""
+        if self._closed is not None or get_ident() != self._thread:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
         if self._closed is not None:
             raise again(self._closed)
+        raise RuntimeError(
+            "the runtime is used from another thread than that of the event loop which opened it; threads, and event "
+            "loops of their own, use one of open_runtime_blocking"
+        )
 
     def level(self, durability: str | None) -> Durability:
         """The level that a call waits for."""
@@ -145,8 +156,7 @@ class Door:
         Nothing happens between this call's last look at memory and its return.
         """
         while True:
-            if self._closed is not None:
-                raise again(self._closed)
+            self.check_open()
             resident = self.residents.find(session_id)
             if not isinstance(resident, Unknown):
                 return resident
@@ -168,8 +178,7 @@ class Door:
         Raises:
             SessionNotFound: it is deleted; perhaps another one has its id.
         """
-        if self._closed is not None:
-            raise again(self._closed)
+        self.check_open()
         resident = self.residents.find(session_id)
         if isinstance(resident, Unknown):
             return None
@@ -296,8 +305,8 @@ class Door:
         asked = False
         try:
             while True:
-                if self._closed is not None:
-                    raise again(self._closed)
+                if self._closed is not None or get_ident() != self._thread:  # check_open, without the call
+                    self._refuse()
                 if self._guard is not None:
                     self._guard()
                 current = None if fresh else self.residents.find(session_id)
