@@ -271,6 +271,18 @@ def test_faults_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
     assert problems(write(tmp_path, text)) == [f"file.yaml:{expected}"]
 
 
+@pytest.mark.parametrize("level", ["journaled", "synced"])
+def test_a_level_that_needs_the_journal_is_refused_without_one(tmp_path: Path, level: str) -> None:
+    file = write(tmp_path, f"journal: {{enabled: false}}\nwrite_behind: {{durability: {level}}}\n")
+    refusal = f"write_behind.durability: {level} needs the journal, which is off: use buffered or stored"
+    assert problems(file) == [f"file.yaml:2: {refusal}"]
+    assert load_config(file, environ={"AGENT_RUNTIME__JOURNAL__ENABLED": "true"}).write_behind.durability == level
+    assert problems(None, {"AGENT_RUNTIME__WRITE_BEHIND__DURABILITY": level}, journal__enabled=False) == [
+        f"AGENT_RUNTIME__WRITE_BEHIND__DURABILITY: {refusal.partition(': ')[2]}"
+    ]
+    assert load_config(environ={"AGENT_RUNTIME__JOURNAL__ENABLED": "false"}).write_behind.durability == "journaled"
+
+
 def test_all_faults_of_all_sources_come_at_once(tmp_path: Path) -> None:
     file = write(tmp_path, "storage: {urll: a}\nwrite_behind:\n  interval_s: -1\nwrite_behind:\n  interval_s: a\n")
     environ = {"AGENT_RUNTIME__FOO__BAR": "1", "AGENT_RUNTIME__LEASE__DURATION_S": "soon", "LOG_LEVEL": "LOUD"}
@@ -521,6 +533,22 @@ def test_the_old_service_still_starts_with_one_warning(caplog: pytest.LogCapture
 def test_no_warning_without_a_sign_of_the_old_service(caplog: pytest.LogCaptureFixture) -> None:
     assert load_config(environ=OLD) == load_config(environ={"INTERNAL_API_KEY": "k"}) == Config()
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("AGENT_RUNTIME_STORAGE_URL", "AGENT_RUNTIME__STORAGE__URL"),
+        ("AGENT_RUNTIME_WRITE_BEHIND__INTERVAL_S", "AGENT_RUNTIME__WRITE_BEHIND__INTERVAL_S"),
+        ("agent_runtime_db_url", "AGENT_RUNTIME__DB_URL"),
+    ],
+)
+def test_a_variable_with_single_underscores_is_told_of(caplog: pytest.LogCaptureFixture, name: str, meant: str) -> None:
+    others = {"AGENT_RUNTIME_TOKEN": "hunter2", "AGENT_RUNTIME_SERVICE_HOST": "10.0.0.1", "AGENT_RUNTIME_HTTP_HOST": ""}
+    assert load_config(environ={**others, name: "hunter2"}) == Config()
+    [record] = caplog.records
+    assert (record.name, record.levelno) == ("agent_runtime", logging.WARNING)
+    assert record.getMessage() == f"{name} is not read: did you mean {meant}?"
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------

@@ -356,10 +356,20 @@ def build(settings: Iterable[Setting], problems: list[str]) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         problems.extend(_problems(error, winners))
+    else:
+        problems.extend(_conflicts(config, winners))
     if problems:
         raise ConfigError(problems)
     config._origins.update({".".join(path): setting.origin for path, setting in winners.items()})
     return config
+
+
+def _conflicts(config: Config, winners: Mapping[tuple[str, ...], Setting]) -> Iterator[str]:
+    """What is right by itself, and not together."""
+    level = config.write_behind.durability
+    set_level = winners.get(("write_behind", "durability"))
+    if set_level is not None and level in ("journaled", "synced") and not config.journal.enabled:
+        yield f"{set_level.label}: {level} needs the journal, which is off: use buffered or stored"
 
 
 def _misplaced(path: tuple[str, ...]) -> str | None:

@@ -71,6 +71,7 @@ def _environment_settings(environ: Mapping[str, str], problems: list[str]) -> It
     ignored = [name for name in IGNORED if name in environ]
     if ignored and (ours or THEIRS[0] in environ):  # alone they are too common to mean the old service
         _log.warning("ignored, as this version has no use for them: %s", ", ".join(ignored))
+    _warn_of_single_underscores(environ, known)
     # LOG_LEVEL comes first, as our own name wins over it; and a mapping comes before what is laid into it.
     for upper, name in [("LOG_LEVEL", "LOG_LEVEL"), *sorted(ours.items())]:
         path = known.get(upper) or _path_below(upper)
@@ -84,6 +85,15 @@ def _environment_settings(environ: Mapping[str, str], problems: list[str]) -> It
             problems.append(f"{name}: {error}")
         else:
             yield Setting(path, value, name, name)
+
+
+def _warn_of_single_underscores(environ: Mapping[str, str], known: Iterable[str]) -> None:
+    """Tell of variables that would be ours with `__`. No error: Kubernetes makes such, for a service of a like name."""
+    meant = {name.replace("__", "_"): name for name in known if name.startswith(PREFIX)}
+    for name, value in environ.items():
+        near = None if name.upper().startswith(PREFIX) else meant.get(name.upper().replace("__", "_"))
+        if near and value:
+            _log.warning("%s is not read: did you mean %s?", name, near)
 
 
 def _path_below(upper: str) -> tuple[str, ...] | None:

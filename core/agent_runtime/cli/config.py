@@ -34,7 +34,8 @@ def check(
 ) -> None:
     """Say whether the configuration can be used; if not, every fault in a line of its own, and exit with 1.
 
-    What is checked is what would be in force: the file, if one is named, and the environment over it.
+    What is checked is what would be in force: the file, if one is named, and the environment over it. Nothing is
+    opened: whether the database is there, and takes its options, is seen by those who open it.
     """
     if argument is not None and config_file is not None:
         raise Failure("name the file once: as an argument, or with --config", code=USAGE)
