@@ -597,6 +597,32 @@ def test_nothing_shows_a_secret(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "password",
+        "PGPASSWORD",
+        "passwd",
+        "passphrase",
+        "secret",
+        "client_secret",
+        "token",
+        "bearer_tokens",
+        "credential",
+    ]
+    + ["credentials", "api_key", "apikey", "x-api-key", "access_key", "private_key", "secret_key", "signing_key"],
+)
+def test_what_such_names_hold_is_not_shown(name: str) -> None:
+    for value in ("hunter2", ["hunter2"], {"inner": "hunter2"}):
+        config = Config.of("memory:", storage={"options": {name: value}}, plugins={"config": {"mine": {name: value}}})
+        assert "hunter2" not in json.dumps(config.shown()) + repr(config)
+
+
+@pytest.mark.parametrize("name", ["passwd", "password", "secret", "token", "apikey", "api_key", "TOKEN", "x_secret"])
+def test_what_such_parameters_hold_is_not_shown(name: str) -> None:
+    assert redact_url(f"x://h/d?a=1&{name}=hunter2&b=2") == f"x://h/d?a=1&{name}=***&b=2"
+
+
 def refusal(file: Path | None, environ: dict[str, str]) -> ConfigError | None:
     try:
         load_config(file, environ=environ)

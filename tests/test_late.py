@@ -484,6 +484,22 @@ async def test_a_late_deletion_of_a_session_that_is_gone_is_done(world: World) -
         assert await runtime.quarantine.entries() == []
 
 
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+async def test_more_than_there_is_room_for_comes_in_however_slow_the_database_is(world: World) -> None:
+    await begin(world, "stored")
+    async with world.losing() as runtime:
+        session = await opened(runtime)
+        for number in range(20):
+            await session.append("user", f"{number:10000}")
+    async with world.second() as runtime:
+        await (await opened(runtime)).append("user", "meanwhile")
+    world.faults.delay(0.05, "apply")
+    async with world.open(pending_bytes_max=65_536, append_timeout_s=0.01) as runtime:
+        assert len(await shown(runtime)) == 22
+
+
 # --- held sessions ----------------------------------------------------------------------------------------------------
 
 
