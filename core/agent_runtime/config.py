@@ -69,7 +69,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 _USERINFO: Final = re.compile(r"^([\w+.-]+:/{0,2}[^:/@]*):.*@", re.DOTALL)
 _SECRET_PARAMETER: Final = re.compile(r"((?:password|passwd|secret|token|api_?key)=)[^&\s]+", re.IGNORECASE)
 _SECRET_NAME: Final = re.compile(
-    r"(password|passwd|passphrase|secret|tokens?|credentials?|(api|access|private|secret|signing)[_-]?key)$",
+    r"(password|passwd|passphrase|secret|token|credential|(api|access|private|secret|signing)[_-]?key)s?$",
     re.IGNORECASE,
 )
 
