@@ -614,6 +614,19 @@ async def check_that_all_is_over(runtime: Runtime, handle: SessionHandle) -> Non
     assert runtime.status().state == "fenced"
 
 
+async def test_the_holder_counts_its_lease_from_before_it_asked() -> None:
+    """Nobody knows when the database took the time: another one may begin to try earlier than the answer says."""
+    faults = Faults()
+    faults.delay(4.0, "acquire")
+    faults.delay(2.0, "renew")
+    async with running(faults, lease={"duration_s": 9.0}) as runtime:
+        assert runtime.status().lease.expires_in_s == pytest.approx(9.0 - 4.0)
+        await anyio.sleep(3.0 + 1.9)
+        assert runtime.status().lease.expires_in_s == pytest.approx(9.0 - 4.0 - 4.9)
+        await anyio.sleep(0.2)
+        assert runtime.status().lease.expires_in_s == pytest.approx(9.0 - 2.1)
+
+
 async def test_a_lease_that_is_lost_is_found_out_by_a_batch() -> None:
     async with fenced(Faults(), lease_s=1e6) as (runtime, handle):
         with pytest.raises(DurabilityNotReached, match="lease") as caught:
