@@ -597,13 +597,13 @@ def test_nothing_shows_a_secret(tmp_path: Path) -> None:
     }
 
 
-SECRETS = """
+HIDING = """
 password PGPASSWORD passwords passwd passphrase secret client_secret secrets token bearer_tokens credential credentials
 api_key api_keys apikey x-api-key access_key private_key secret_key signing_key signing-keys
 """
 
 
-@pytest.mark.parametrize("name", SECRETS.split())
+@pytest.mark.parametrize("name", HIDING.split())
 def test_what_such_names_hold_is_not_shown(name: str) -> None:
     for value in ("hunter2", ["hunter2"], {"inner": "hunter2"}):
         config = Config.of("memory:", storage={"options": {name: value}}, plugins={"config": {"mine": {name: value}}})

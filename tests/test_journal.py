@@ -30,6 +30,7 @@ from agent_runtime import (
     open_runtime,
 )
 from agent_runtime.errors import DrainIncomplete
+from agent_runtime.filesystems import network_filesystem
 from agent_runtime.journal import Journal, LocalFiles
 from agent_runtime.storage import Abilities
 from agent_runtime.testing import Faults, FaultyStorage, faulty_plugin
@@ -518,6 +519,27 @@ async def test_what_lives_in_memory_has_a_journal_if_told_so(tmp_path: Path) -> 
                 await session.append("user", "no", durability="synced")
             assert (runtime.watermarks.journaled, runtime.watermarks.synced) == (number + 1, None)
             await session.append("user", str(number), durability="stored")
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_network_filesystem_is_refused_untouched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    mounts, far = tmp_path / "mountinfo", tmp_path / "far"
+    mounts.write_text(f"27 1 254:0 / / rw - ext4 /dev/vda rw\n40 27 0:50 / {tmp_path.resolve()}/far rw - nfs4 x:/ rw\n")
+    monkeypatch.setattr("agent_runtime.directories.network_filesystem", lambda path: network_filesystem(path, mounts))
+    far.mkdir()
+    if there:
+        (far / "journal").mkdir()
+    before = sorted(far.rglob("*"))
+    for enabled in (True, False) if there else (True,):
+        config = JournaledPlace(tmp_path).config(journal={"directory": str(far / "journal"), "enabled": enabled})
+        with pytest.raises(
+            ConfigError, match=r"journal.directory: .*/far/journal lies on a network filesystem \(nfs4\)"
+        ):
+            async with open_runtime(config, plugins=[faulty_plugin(open_sqlite, Faults())]):
+                raise AssertionError
+    assert sorted(far.rglob("*")) == before
 
 
 async def test_what_lives_in_memory_is_never_said_to_survive_a_power_loss(tmp_path: Path) -> None:
