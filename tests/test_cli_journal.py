@@ -135,6 +135,11 @@ def test_a_journal_alone_is_shown_without_its_database(shell: Shell, left: Left)
     assert not left.database.exists()
 
 
+@pytest.mark.parametrize("command", [["journal", "inspect"], ["check"]])
+def test_the_help_names_the_other_journals_beside_a_file(shell: Shell, command: list[str]) -> None:
+    assert "FILE.journal.2" in shell.here(*command, "--help")[0]  # in <> the terminal's markup would swallow it
+
+
 def test_a_journal_that_is_not_there_is_named(shell: Shell, tmp_path: Path) -> None:
     assert shell.fails("journal", "inspect", "nowhere") == f"there is no journal at {tmp_path}/nowhere"
     assert shell.fails("journal", "inspect") == f"there is no journal at {shell.database}.journal"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -253,10 +254,17 @@ async def test_a_database_that_is_away_is_said_and_made_up_for() -> None:
 async def test_input_is_checked() -> None:
     async with open_runtime("memory:") as runtime:
         session = await runtime.create_session("a")
-        lists: list[Any] = [[], ["a/b"], ["x"] * 1001, "a", b"a", {"a"}]
-        for wrong in lists:
-            with pytest.raises(InvalidInput, match="session_ids"):
-                await runtime.purge_sessions(wrong)
+        lists: list[tuple[Any, str]] = [
+            ([], "session_ids: must have 1 to 1000 ids, not 0"),
+            (["x"] * 1001, "session_ids: must have 1 to 1000 ids, not 1001"),
+            (["a", "a/b"], 'session_ids[1]: must not contain "/"'),
+            ("a", "session_ids: must be a list of ids, not str"),  # else each of its characters were one
+            (b"a", "session_ids: must be a list of ids, not bytes"),
+            ({"a": 1}, "session_ids: must be a list of ids, not dict"),
+        ]
+        for ids, told in lists:
+            with pytest.raises(InvalidInput, match=re.escape(told)):
+                await runtime.purge_sessions(ids)
         lengths: list[Any] = [timedelta(0), timedelta(days=-1), timedelta(days=36_501), timedelta.max, 60]
         for wrong in lengths:
             with pytest.raises(InvalidInput, match="idle_longer_than"):

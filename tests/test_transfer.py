@@ -991,9 +991,7 @@ def test_formats_are_named(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     file = shell.file("f.jsonl", line_of("s1", "hi"))
     _, errors = shell.here("import", "--format", "chatt", file, code=2)
-    assert "'chatt' is not one of codelab, chat; did you mean chat?" in " ".join(
-        " ".join(errors).replace("│", "").split()
-    )
+    assert "there is no format 'chatt'; did you mean chat?" in " ".join(" ".join(errors).replace("│", "").split())
     _, errors = shell.here("import", "--deleted", file, code=2)
     assert "mark no session as deleted" in " ".join(" ".join(errors).replace("│", "").split())
     assert shell.here("import", "--format", "chat", file)[0].startswith("f.jsonl: 1 created")

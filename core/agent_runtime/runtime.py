@@ -28,7 +28,6 @@ from .durations import duration
 from .errors import (
     DrainIncomplete,
     DurabilityNotReached,
-    InvalidInput,
     LeaseLost,
     PluginError,
     RuntimeClosed,
@@ -57,7 +56,16 @@ from .scheduler import Scheduler, SchedulerOptions
 from .session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, SessionHandle, check_order, request_for
 from .status import Status, status_of
 from .storage import Storage, StorageConfig
-from .validation import check_id, check_length, check_limit, check_message, check_name, check_text, json_object
+from .validation import (
+    check_id,
+    check_ids,
+    check_length,
+    check_limit,
+    check_message,
+    check_name,
+    check_text,
+    json_object,
+)
 
 __all__ = ["Runtime", "open_runtime"]
 
@@ -324,11 +332,7 @@ class Runtime:
                 `durability_timeout_s`.
             Quarantined: the database refuses a deletion; it is kept in quarantine.
         """
-        if isinstance(session_ids, str) or not isinstance(session_ids, Sequence):  # a text would be ids of one letter
-            raise InvalidInput("session_ids", f"must be a list of ids, not {type(session_ids).__name__}")
-        check_limit("session_ids", len(session_ids), PAGE_ITEMS_MAX)
-        for session_id in session_ids:
-            check_id("session_ids", session_id)
+        check_ids("session_ids", session_ids, PAGE_ITEMS_MAX)
         if idle_longer_than is not None:
             check_length("idle_longer_than", idle_longer_than)
         self._door.check_open()

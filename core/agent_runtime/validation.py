@@ -32,6 +32,7 @@ __all__ = [
     "TOKEN_COUNT_MAX",
     "body_hash",
     "check_id",
+    "check_ids",
     "check_json",
     "check_label",
     "check_length",
@@ -174,6 +175,16 @@ def check_id(path: str, value: object) -> str:
     if text in _DOTS:
         _refuse(path, 'must not be "." or ".."')
     _refuse(path, 'must not contain "/"')
+
+
+def check_ids(path: str, value: object, maximum: int) -> None:
+    """A list or tuple of 1 to `maximum` ids. (A text is a sequence of ids of one character: not what anybody means.)"""
+    if not isinstance(value, list | tuple):
+        _refuse(path, f"must be a list of ids, not {_kind(value)}")
+    if not 1 <= len(value) <= maximum:
+        _refuse(path, f"must have 1 to {maximum} ids, not {len(value)}")
+    for index, each in enumerate(value):
+        check_id(f"{path}[{index}]", each)
 
 
 # --- times and numbers ------------------------------------------------------------------------------------------------

@@ -112,8 +112,6 @@ async def purge_sessions(call: Call) -> Answer:
     """
     given = call.members()
     session_ids, idle_s, dry_run = given["session_ids"], given.get("idle_longer_than_s"), given.get("dry_run")
-    if not isinstance(session_ids, list):
-        raise InvalidInput("session_ids", "must be a list of ids")
     if not isinstance(dry_run, bool | None):  # an empty value is no false: it would purge
         raise InvalidInput("dry_run", "must be true or false")
     idle = None if idle_s is None else _length(idle_s)

@@ -25,7 +25,7 @@ def check_all(as_json: AsJson = False, config_file: ConfigFile = None, storage: 
 
     Every session's messages, switches and context against what it says of them; changes that are not stored against the
     sessions that they belong to; quarantine, watermarks, and whether journals and database belong together. That is the
-    journal in journal.directory, or, beside an SQLite file, each one that is there, also <file>.journal.2. Each finding
+    journal in journal.directory, or, beside an SQLite file, each one that is there, also FILE.journal.2. Each finding
     is a line that names session, seq and change; with --json a JSON object, and one more with the totals.
 
     Nothing is locked or changed, so it may be done while a server runs. The exit code is 1 if anything was found.

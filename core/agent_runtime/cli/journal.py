@@ -76,7 +76,7 @@ def inspect_journal(
     """Show what a journal holds: segments, sequences, damage, and how much of it the database has.
 
     Nothing is locked or changed, so it may be done while a server runs. Named by its DIRECTORY alone, a journal is
-    looked at without its database. Beside an SQLite file there may be several, <file>.journal, <file>.journal.2 and so
+    looked at without its database. Beside an SQLite file there may be several, FILE.journal, FILE.journal.2 and so
     on: they are shown in this order, an empty line between two; with --json each is an object on a line.
 
     A torn tail is what a crash leaves; it is no loss, for nobody was told that those bytes were written. With damage in

@@ -71,8 +71,7 @@ def _format(config: Config, name: str) -> ImportFormat:
     plugins.load()
     formats = plugins.import_formats() | {CHAT: open_chat}
     if name not in formats:
-        known = ", ".join(formats)
-        raise typer.BadParameter(f"{name!r} is not one of {known}{did_you_mean(name, formats)}", param_hint="--format")
+        raise typer.BadParameter(f"there is no format {name!r}{did_you_mean(name, formats)}", param_hint="'--format'")
     return formats[name]
 
 
