@@ -8,6 +8,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -34,6 +35,7 @@ from agent_runtime import (
     SessionNotFound,
     hookimpl,
     open_runtime,
+    open_runtime_blocking,
 )
 from places import (
     SHORT,
@@ -728,6 +730,15 @@ async def test_a_closed_runtime_says_so(place: Place) -> None:
     for blocking_call in blocking_calls:
         with pytest.raises(RuntimeClosed, match="the runtime is closed"):
             blocking_call()
+
+
+@pytest.mark.parametrize("wrong", [None, Path("a.db"), {"storage": {"url": "memory:"}}])
+async def test_what_is_neither_a_url_nor_a_configuration_opens_nothing(wrong: Any) -> None:
+    with pytest.raises(InvalidInput, match=rf"config: must be a URL or a Config, .* not {type(wrong).__name__}"):
+        async with open_runtime(wrong):
+            raise AssertionError
+    with pytest.raises(InvalidInput, match="config: must be a URL"), open_runtime_blocking(wrong):
+        raise AssertionError
 
 
 async def test_a_call_from_the_event_loop_of_another_thread_is_refused_and_changes_nothing(

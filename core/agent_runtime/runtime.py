@@ -28,6 +28,7 @@ from .durations import duration
 from .errors import (
     DrainIncomplete,
     DurabilityNotReached,
+    InvalidInput,
     LeaseLost,
     PluginError,
     RuntimeClosed,
@@ -525,6 +526,15 @@ class Runtime:
         self._scheduler.abandon(error)
 
 
+def _config_of(given: object) -> Config:
+    if isinstance(given, Config):
+        return given
+    if isinstance(given, str):
+        return Config.of(given)
+    told = f"must be a URL or a Config, as load_config makes of a file, not {type(given).__name__}"
+    raise InvalidInput("config", told)
+
+
 @asynccontextmanager
 async def open_runtime(
     config: Config | str,
@@ -547,8 +557,7 @@ async def open_runtime(
         DrainIncomplete: at the end, when changes could not be stored within `drain_timeout_s`.
         LeaseLost: at the end, when another runtime took over.
     """
-    if isinstance(config, str):
-        config = Config.of(config)
+    config = _config_of(config)
     generator = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 — names and jitter, no secrets
     manager = PluginManager(disabled=config.plugins.disabled)
     manager.load(plugins)

@@ -53,6 +53,8 @@ _DOING: Final = {
 def _checks(service: Service) -> Iterator[Check]:
     """What the runtime does, and once it is open the rest."""
     doing = _DOING[service.state]
+    if service.state == "opening" and service.config.lease.wait:
+        doing += "; while another runtime has the lease, waiting for that"
     yield Check(
         name="runtime", status="ok" if service.state == "running" else "fail", detail=doing, since=service.since
     )
