@@ -200,6 +200,16 @@ def test_a_storage_that_breaks_a_promise_does_not_pass(tmp_path: Path) -> None:
     assert said.count("was skipped or expected to fail: a storage passes all of the kit") == 2 * 4
 
 
+def test_a_call_that_should_have_raised_is_named(tmp_path: Path) -> None:
+    shutil.copy(STRANGERS / "liars.py", tmp_path)
+    code, said = kit(tmp_path, {}, "liars.py::TestDeaf::test_a_closed_storage_refuses_every_call")
+    assert code == 1
+    told = (
+        "apply, after the storage was closed, raised nothing: it must raise a StorageError, such as StorageUnavailable"
+    )
+    assert said.count(f"Failed: {told}") == 2  # on asyncio and trio
+
+
 def test_what_it_lacks_is_left_out_once_it_is_declared(tmp_path: Path) -> None:
     shutil.copy(STRANGERS / "liars.py", tmp_path)
     code, said = kit(tmp_path, {}, "liars.py::TestForgetfulAndSaysSo", "-k", "opening or at_once or bad_row")

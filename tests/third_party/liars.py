@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from agent_runtime import LeaseLost
 from agent_runtime.changes import Batch, Receipt
-from agent_runtime.errors import ChangeRejected, SequenceMismatch
+from agent_runtime.errors import ChangeRejected, SequenceMismatch, StorageError
 from agent_runtime.storage import Abilities, Fence, PoolFigures, Snapshot, Storage, StorageConfig
 from agent_runtime.testing import Faults, FaultyStorage
 from agent_runtime.testing.kit import NewStorage, Opener, StorageKit
@@ -72,6 +72,18 @@ class Unfenced(FaultyStorage):
 
 class TestUnfenced(Liars):
     kind = Unfenced
+
+
+class Deaf(FaultyStorage):
+    async def apply(self, batch: Batch, fence: Fence) -> Receipt:
+        try:
+            return await super().apply(batch, fence)
+        except StorageError:
+            return batch.receipt()
+
+
+class TestDeaf(Liars):
+    kind = Deaf
 
 
 class HalfCancelled(FaultyStorage):
