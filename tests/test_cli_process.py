@@ -245,6 +245,8 @@ def test_a_wrong_call_ends_with_2(shell: Shell, arguments: list[str]) -> None:
 def test_a_second_process_is_refused_with_the_name_of_the_first(shell: Shell) -> None:
     with open_runtime_blocking(shell.environment["AGENT_RUNTIME__STORAGE__URL"]):
         output, errors = shell.run("sessions", "list", code=3)
+        _, (_, way_out) = shell.run("export", "-", code=3)
+    assert way_out == "agent-runtime: stop that first: no server can be asked to do this"
     assert output == ""
     (told,) = errors
     assert told.startswith(f"agent-runtime: the database is in use by pid {os.getpid()} on ")

@@ -206,6 +206,7 @@ def test_a_database_that_is_in_use(storage: str) -> None:
         line = failed(3, "--storage", storage, "--port", "0")
         assert "in use by pid" in line
         assert server.url in line
+        assert "stand by with --wait" in line
 
 
 def test_usage_and_configuration(storage: str) -> None:

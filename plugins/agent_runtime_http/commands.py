@@ -9,8 +9,8 @@ from typing import Annotated, Final, Literal, TypeAlias
 import anyio
 import typer
 
-from agent_runtime import AgentRuntimeError, ConfigError, DrainIncomplete, load_config
-from agent_runtime.cli.exits import LEFT, Failure
+from agent_runtime import AgentRuntimeError, ConfigError, DrainIncomplete, LeaseHeld, load_config
+from agent_runtime.cli.exits import HELD, LEFT, Failure
 from agent_runtime.cli.logs import configure_logging
 from agent_runtime.cli.options import ConfigFile, StorageUrl
 from agent_runtime.cli.running import with_place
@@ -60,6 +60,8 @@ def serve(
         anyio.run(run_server, settings, loop, typer.echo, backend=loop, backend_options=options)
     except DrainIncomplete as error:
         raise Failure(str(error), code=LEFT) from error
+    except LeaseHeld as error:
+        raise Failure(f"{error}: stop that first, or stand by with --wait", code=HELD) from error
     except AgentRuntimeError as error:
         raise with_place(error, settings) from error
 

@@ -128,7 +128,10 @@ class _Run(Generic[T]):
         try:
             await self._opened()
         except LeaseHeld as held:
-            if self._at_server is None or held.address is None:
+            if self._at_server is None:
+                held.add_note("stop that first: no server can be asked to do this")
+                raise
+            if held.address is None:
                 raise
             try:
                 self._results.append(await self._at_server(held.address))
