@@ -24,16 +24,18 @@ from agent_runtime import (
     JournalFull,
     JournalMismatch,
     LeaseHeld,
+    Quarantined,
     Runtime,
     SessionHeld,
     StorageUnavailable,
     open_runtime,
 )
+from agent_runtime.changes import Batch
 from agent_runtime.errors import DrainIncomplete
 from agent_runtime.filesystems import network_filesystem
 from agent_runtime.journal import Journal, LocalFiles
 from agent_runtime.storage import Abilities
-from agent_runtime.testing import Faults, FaultyStorage, faulty_plugin
+from agent_runtime.testing import Fault, Faults, FaultyStorage, faulty_plugin, writes_message
 from agent_runtime_memory import MemoryDatabase
 from agent_runtime_sqlite import open_sqlite
 from crash import Left
@@ -519,6 +521,42 @@ async def test_what_lives_in_memory_has_a_journal_if_told_so(tmp_path: Path) -> 
                 await session.append("user", "no", durability="synced")
             assert (runtime.watermarks.journaled, runtime.watermarks.synced) == (number + 1, None)
             await session.append("user", str(number), durability="stored")
+
+
+def follows(batch: Batch | None, sequence: int) -> bool:
+    return batch is not None and batch.after >= sequence
+
+
+async def refuse(_: object) -> None:
+    raise StorageUnavailable("it is away")
+
+
+async def test_what_comes_back_for_a_held_session_queues_behind_what_is_in_quarantine(place: JournaledPlace) -> None:
+    """The refused change went to quarantine, the ones behind it were in the journal only when the process died."""
+    async with place.open() as runtime:
+        await runtime.create_session("a", durability="stored")
+    with pytest.raises(DrainIncomplete, match=r"2 change\(s\) could not be stored"):
+        async with place.open(write_behind={"batch_changes": 1, "drain_timeout_s": 0.05}) as runtime:
+            session = await runtime.get_session("a")
+            gate = place.faults.hold("apply", nth=1)
+            place.faults.reject(writes_message("m1"))
+            await session.append_message({"role": "user", "content": "refused", "id": "m1"})
+            await gate.reached.wait()
+            await session.append("user", "behind")
+            await session.put_document("c", "k", 1)
+            place.faults._plan(Fault("apply", None, condition=lambda call: follows(call.batch, 2), before=refuse))
+            gate.open()
+            with pytest.raises(Quarantined):
+                await runtime._log.wait_stored(2)
+    place.faults.clear()
+    async with place.open() as runtime:
+        assert [each.state for each in await runtime.quarantine.entries()] == ["rejected", "queued", "queued"]
+        assert await texts(runtime, "a") == ["refused", "behind"]
+        session = await runtime.get_session("a")
+        with pytest.raises(SessionHeld):
+            await session.append("user", "no")
+        assert await runtime.quarantine.replay("a") == 3
+        assert await texts(runtime, "a") == ["refused", "behind"]
 
 
 @pytest.mark.parametrize("there", [False, True])
