@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agent_runtime import ConfigError, LeaseHeld, LeaseLost, StorageUnavailable
+from agent_runtime.cli.exits import failure_of
 from shell import Shell, chat
 
 SAMPLE = gzip.decompress((Path(__file__).parent / "data" / "airline-sample.jsonl.gz").read_bytes())
@@ -223,3 +225,24 @@ def test_a_terminal_gets_tables_colours_and_a_bar(shell: Shell) -> None:
     assert "\x1b[1;33m#6 tool find [c1]" in shown
     assert "ésc \\x1b[31mred\\x9b \\u202etxt" in shown
     assert "title         A [bold]title[/bold]" in shown
+
+
+# --- how commands end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (LeaseHeld("pid 1 on host"), 3),
+        (LeaseLost("another runtime has taken over"), 3),
+        (ExceptionGroup("", [LeaseLost("another runtime has taken over")]), 3),
+        (StorageUnavailable("it is away"), 1),
+        (ConfigError(["storage.url: no"]), 1),
+        (OSError(2, "No such file", "x"), 1),
+        (ValueError("what was said"), 1),
+    ],
+)
+def test_exit_codes(error: Exception, code: int) -> None:
+    failure = failure_of(error)
+    assert failure.code == code
+    assert "what was said" not in "".join(failure.lines)

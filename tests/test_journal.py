@@ -555,8 +555,17 @@ async def test_what_comes_back_for_a_held_session_queues_behind_what_is_in_quara
         session = await runtime.get_session("a")
         with pytest.raises(SessionHeld):
             await session.append("user", "no")
-        assert await runtime.quarantine.replay("a") == 3
+    with pytest.raises(DrainIncomplete, match=r"3 change\(s\) could not be stored"):
+        async with place.open(write_behind={"durability_timeout_s": 0.05, "drain_timeout_s": 0.05}) as runtime:
+            outage = place.faults.fail("apply")
+            with anyio.move_on_after(0.05):
+                await runtime.quarantine.replay("a")  # accepted, and in the journal, when the process dies
+    outage.stop()
+    async with place.open() as runtime:
+        assert await runtime.quarantine.entries() == []
         assert await texts(runtime, "a") == ["refused", "behind"]
+        session = await runtime.get_session("a")
+        assert (await session.append("user", "goes on", durability="stored")).seq == 3
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -38,6 +38,7 @@ from places import (
     in_memory,
     place_fixture,
 )
+from writes import WRITES, begin
 
 pytestmark = pytest.mark.anyio
 
@@ -370,6 +371,18 @@ async def test_a_history_is_valid_and_limited_by_whole_groups(place: Place) -> N
         assert (await session.record()).message_count == 182
 
     await at_every_stage(place, write, look)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+async def test_the_history_as_json_is_that_of_the_moment(limit: int | None) -> None:
+    """It is kept from one call to the next, but not over a change."""
+    async with in_memory().open() as runtime:
+        session = await begin(runtime)
+        for write in WRITES[:-1]:
+            before = await session.history_json(limit)
+            assert await session.history_json(limit) is before
+            await write.call(runtime, session)
+            assert msgspec.json.decode(await session.history_json(limit)) == await session.history(limit)
 
 
 async def test_a_message_may_be_as_large_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
