@@ -18,6 +18,7 @@ from agent_runtime import LeaseHeld, open_runtime, open_runtime_blocking
 from agent_runtime.testing import Faults, faulty_plugin
 from agent_runtime_memory import MemoryDatabase
 from http_rig import Server, install, run, serving
+from postgres_server import migrated_schema, url_of
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "trains", "arguments": "{}"}}
 
@@ -95,6 +96,17 @@ def test_what_is_not_there(server: Server, storage: str) -> None:
         assert (done.returncode, done.stderr) == (1, "agent-runtime: there is no session 'nobody'\n")
     done = run("sessions", "show", "no\x07body", "--server", server.url)
     assert (done.returncode, "422: {session_id}" in done.stderr or "control characters" in done.stderr) == (1, True)
+
+
+def test_a_server_is_found_without_knowing_where_its_journal_lies(tmp_path: Path) -> None:
+    database = url_of(migrated_schema())
+    variables = {"AGENT_RUNTIME__JOURNAL__DIRECTORY": str(tmp_path / "journal")}
+    with serving("--storage", database, environ=variables) as server:
+        httpx.put(f"{server.url}/v1/sessions/s1").raise_for_status()
+        done = run("sessions", "list", "--storage", database)
+        assert (done.returncode, done.stdout.partition("\t")[0]) == (0, "s1"), done.stderr
+    done = run("sessions", "list", "--storage", database)
+    assert (done.returncode, "journal.directory: must be set" in done.stderr) == (1, True)
 
 
 def test_a_server_that_can_not_be_reached(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from anyio.abc import TaskStatus
 
 from ..client import SessionsClient
 from ..config import Config, known_keys
+from ..directories import journal_place
 from ..errors import AgentRuntimeError, ConfigError, InvalidInput, LeaseHeld, StorageUnavailable
 from ..plugins import PluginManager
 from ..runtime import Runtime, open_runtime
@@ -140,8 +141,9 @@ class _Run(Generic[T]):
 
     async def _opened(self) -> None:
         if self._existing:
-            async with opened(self._config):
-                """It is there."""
+            async with opened(self._config) as storage:  # it is there
+                if self._at_server is not None and journal_place(self._config, storage.abilities) is None:
+                    await _check_no_server(storage)
         try:
             async with open_runtime(self._config) as runtime:
                 self._runtime = runtime
@@ -150,6 +152,14 @@ class _Run(Generic[T]):
             if self._runtime is not None:
                 raise
             raise with_place(error, self._config) from error
+
+
+async def _check_no_server(storage: Storage) -> None:
+    """Say that a server has the database, where opening it would end sooner, as nobody said where its journal lies."""
+    async with storage.snapshot() as snapshot:
+        lease = await snapshot.lease()
+    if lease is not None and lease.holder is not None and lease.address is not None:
+        raise LeaseHeld(lease.holder, lease.expires_in_s, lease.address)
 
 
 def with_place(error: AgentRuntimeError, config: Config) -> AgentRuntimeError:
