@@ -226,18 +226,6 @@ async def test_the_moment_at_which_it_expires_is_too_late() -> None:
             await session.decide_approval(approval.approval_id, "approve")
 
 
-async def test_a_clock_that_is_set_back_changes_no_order() -> None:
-    async with in_memory().open() as runtime:
-        session = await runtime.create_session("s1")
-        moment = utc_now()
-        runtime._door.now = lambda: moment
-        made = []
-        for _ in range(3):
-            made.append(await asked(session))
-            moment -= timedelta(hours=1)
-        assert await session.approvals() == made
-
-
 async def test_a_request_that_the_database_refuses_is_not_shown() -> None:
     faults = Faults()
     async with Place("faulty:memory:", faulty_plugin(MemoryDatabase().open, faults)).open() as runtime:

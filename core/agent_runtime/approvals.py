@@ -117,7 +117,7 @@ class Approvals:
         return Plan(self._planner.put_document(resident, document, text).change, approval)
 
     async def all(self) -> list[Approval]:
-        """Those that are shown, as they stand now, in the order in which they were requested: ids only grow."""
+        """Those that are shown, as they stand now, oldest first by `created_at`."""
         documents: list[Document] = []
         cursor: str | None = None
         while True:
@@ -130,7 +130,8 @@ class Approvals:
                 break
         unstored = await self._unstored()
         now = self._door.now()
-        return [_as_of(approval_in(each), now) for each in documents if each.key not in unstored]
+        approvals = [_as_of(approval_in(each), now) for each in documents if each.key not in unstored]
+        return sorted(approvals, key=lambda each: (each.created_at, each.approval_id))
 
     async def one(self, approval_id: str) -> Approval:
         """One of them. Raises ApprovalNotFound."""

@@ -594,7 +594,7 @@ class SessionHandle:
         return await self._write(partial(self._approvals.put, approval=approval), durability, request)
 
     async def approvals(self, *, status: ApprovalStatus | None = "pending") -> list[Approval]:
-        """The approvals of a status (None: all), in the order in which they were requested."""
+        """The approvals of a status (None: all), oldest first."""
         if status is not None:
             check_status(status)
         return [each for each in await self._approvals.all() if status in (None, each.status)]
