@@ -5,7 +5,6 @@ One process measures its server, on the same machine; so the server's own work i
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
@@ -31,7 +30,7 @@ from postgres_server import migrated_schema, server, url_of
 
 from .callers import EventLoop, appends_per_second, name_of, on_every_event_loop
 from .measure import compare, figure, seconds
-from .sample import median_message, messages
+from .sample import Chat, median_message, messages
 from .test_flush import Watch, append_all, collected
 
 __all__ = ["collected"]
@@ -56,6 +55,10 @@ _INSERT = "INSERT INTO messages ({}) SELECT * FROM unnest({})".format(
     ", ".join(_COLUMNS),
     ", ".join(f"${number}::{_ARRAYS.get(name, 'text')}[]" for number, name in enumerate(_COLUMNS, 1)),
 )
+_INSERT_ONE = (
+    f"INSERT INTO messages ({', '.join(_COLUMNS)}) VALUES ({', '.join(f'${n}' for n, _ in enumerate(_COLUMNS, 1))})"
+)
+_values = attrgetter(*_COLUMNS)
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM messages WHERE incarnation = $1 ORDER BY seq LIMIT $2"
 
 
@@ -89,15 +92,27 @@ async def _connect(schema: str) -> Any:
     return await asyncpg.connect(server().url, server_settings={"search_path": schema})
 
 
+def copy_sessions(schema: str, other: str) -> None:
+    """Have the sessions of a schema in another one, for rows that belong to them."""
+    for row in server().rows("SELECT incarnation, session_id FROM sessions", schema=schema):
+        insert = "INSERT INTO sessions VALUES ('{}', 0, '{}', null, null, null, '{{}}', now(), now(), 0, 1, 0, 1)"
+        server().execute(insert.format(*row), schema=other)
+
+
+def row_of(session: SessionHandle, seq: int, chat: Chat) -> MessageRow:
+    """The row of a message, as appending it to the session makes it."""
+    message = Message(seq=seq, id=f"{seq:036}", created_at=utc_now(), **chat)
+    return message_row(session.incarnation, msgspec.json.encode(message))
+
+
 def arrays_of(sessions: Sequence[SessionHandle], first_seq: int) -> list[list[Any]]:
     """The columns of the rows that `append_all` leads to."""
-    rows = []
-    for number, chat in enumerate(messages(ROWS)):
-        seq = first_seq + number // len(sessions)
-        encoded = msgspec.json.encode(Message(seq=seq, id=f"{number:036}", created_at=utc_now(), **chat))
-        rows.append(message_row(sessions[number % len(sessions)].incarnation, encoded))
+    rows = [
+        row_of(sessions[number % len(sessions)], first_seq + number // len(sessions), chat)
+        for number, chat in enumerate(messages(ROWS))
+    ]
     rows.sort(key=attrgetter("incarnation", "seq"))
-    return [list(column) for column in zip(*map(attrgetter(*_COLUMNS), rows), strict=True)]
+    return [list(column) for column in zip(*map(_values, rows), strict=True)]
 
 
 @pytest.mark.parametrize("part", ["apply", "flush"])
@@ -111,9 +126,7 @@ async def test_rows_per_second(tmp_path: Path, part: str, anyio_backend: str) ->
     async with place.open(write_behind={"batch_changes": ROWS}) as runtime, plain(other) as bare:
         sessions = [await runtime.create_session() for _ in range(SESSIONS)]
         await runtime.flush()
-        for row in server().rows("SELECT incarnation, session_id FROM sessions", schema=schema):
-            insert = "INSERT INTO sessions VALUES ('{}', 0, '{}', null, null, null, '{{}}', now(), now(), 0, 1, 0, 1)"
-            server().execute(insert.format(*row), schema=other)
+        copy_sessions(schema, other)
         first_seqs = count(1, ROWS // SESSIONS)
 
         async def ours() -> float:
@@ -131,25 +144,25 @@ async def test_rows_per_second(tmp_path: Path, part: str, anyio_backend: str) ->
 
 @on_every_event_loop
 async def test_stored_appends(tmp_path: Path, anyio_backend: EventLoop) -> None:
-    """32 callers that wait until theirs is stored, against one connection that commits INSERT after INSERT."""
-    schema = migrated_schema()
+    """32 callers that wait until theirs is stored, against one connection that commits such rows INSERT by INSERT."""
+    schema, other = migrated_schema(), migrated_schema()
     place = Place(url_of(schema), journal=tmp_path / "journal")
-    async with place.open() as runtime, plain(migrated_schema()) as bare:
+    async with place.open() as runtime, plain(other) as bare:
         sessions = [await runtime.create_session() for _ in range(CALLERS)]
         await runtime.flush()
+        copy_sessions(schema, other)
         seqs = count(1)
-        await bare.timed(
-            lambda connection: connection.execute("CREATE TABLE said (seq bigint PRIMARY KEY, role text, said json)")
-        )
-        content = json.dumps(median_message())
 
         async def ours() -> float:
             return await appends_per_second(sessions, STORED, "stored")
 
         async def theirs() -> float:
+            seq = next(seqs)
+            rows = [_values(row_of(session, seq, median_message())) for session in sessions]
+
             async def insert(connection: Any) -> None:
-                for _ in range(CALLERS):
-                    await connection.execute("INSERT INTO said VALUES ($1, 'user', $2)", next(seqs), content)
+                for row in rows:
+                    await connection.execute(_INSERT_ONE, *row)
 
             return CALLERS / await bare.timed(insert)
 
