@@ -149,7 +149,8 @@ async def test_plans_do_not_outlive_the_size_of_their_tables(
         async def plans() -> set[str]:
             """What the server would do, in one of the connections that have kept a plan."""
             connection = await database._pool.take()
-            names = "SELECT name FROM pg_prepared_statements WHERE statement LIKE '%FROM partitions%sessions%'"
+            like = "name LIKE 'agent_runtime%' AND statement LIKE '%FROM partitions%sessions%'"
+            names = f"SELECT name FROM pg_prepared_statements WHERE {like}"
             try:
                 await connection.driver.execute(database.begin_reading())
                 (row,) = await connection.driver.fetch(names)
@@ -192,6 +193,27 @@ async def test_tables_that_are_altered_meanwhile(schema: str, opener: Opener) ->
                     await view.head("session a", outcomes_max=1)
         async with writer.storage.snapshot() as view:
             assert await view.head("session a", outcomes_max=1) == expected
+
+
+@pytest.mark.parametrize("column", ["metadata TYPE jsonb", "token_count TYPE integer"])
+async def test_messages_that_are_altered_meanwhile(schema: str, opener: Opener, column: str) -> None:
+    """A COPY goes by the columns that the driver asked for once, on each connection: no change is refused for that."""
+    async with writing(opener) as writer:
+        await writer.create("a", messages=1)
+        assert await asked(writer.storage, kept_columns) == 1
+        server().execute(f"ALTER TABLE messages ALTER {column}", schema=schema)
+        message = message_row("a", 2, token_count=7, metadata="{}")
+        with pytest.raises(StorageUnavailable):
+            await writer.apply(messages=(message,))
+        await writer.apply(messages=(message,))
+        async with writer.storage.snapshot() as view:
+            assert [row.seq for row in await view.messages("a", limit=10)] == [1, 2]
+
+
+async def kept_columns(transaction: PostgresqlTransaction) -> int:
+    """How many statements the driver has kept to know the columns of messages."""
+    found = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE 'SELECT%FROM \"messages\" LIMIT 1'"
+    return int((await transaction.driver.fetchrow(found))[0])
 
 
 async def test_statements_that_the_server_has_forgotten(opener: Opener) -> None:

@@ -285,7 +285,7 @@ async def test_tls(tmp_path: Path) -> None:
         ):
             before = proxy.secured
             async with open_postgresql(StorageConfig(url=f"{proxy.url}&{query}")) as storage, storage.snapshot():
-                assert proxy.secured == before + 1, query
+                assert proxy.secured > before, query
         for query in (
             f"sslmode=verify-ca&sslrootcert={stranger.file}",
             f"sslmode=verify-full&sslrootcert={stranger.file}",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar, TypeVarTuple
@@ -34,38 +33,23 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 logger: Final = logging.getLogger(__name__)
 
+_COPIED_TABLES_MAX: Final = 10
 _CLEANUP_TIMEOUT_S: Final = 5.0
 _CLIENT_MARGIN_S: Final = 5.0
 _LEASE_PART: Final = 0.5
 _LEAST_TIMEOUT_S: Final = 1.0
 
 
-async def connect(settings: Settings) -> Driver:
-    """A new connection."""
+async def connect(settings: Settings, *, keeps: bool = False) -> Driver:
+    """A new connection. `keeps`: what the driver asks of a table before each COPY into it, it asks once."""
     return await asyncpg.connect(
         settings.dsn,
         timeout=settings.connect_timeout_s,
         # The server ends a statement first; this is for a server that has fallen silent.
         command_timeout=settings.statement_timeout_s + _CLIENT_MARGIN_S,
-        statement_cache_size=0,
+        statement_cache_size=_COPIED_TABLES_MAX if keeps else 0,
         server_settings={"application_name": settings.application_name},
     )
-
-
-async def _connection(settings: Settings) -> Connection:
-    """A new connection for the pool.
-
-    A pooler makes up the process that it greets with, as it will be several: only the server's own tells its real one.
-    """
-    driver = await connect(settings)
-    if settings.prepared_statements == "never":
-        return Connection(driver, prepares=False)
-    try:
-        process = await driver.fetchval("SELECT pg_backend_pid()")
-    except BaseException:
-        driver.terminate()
-        raise
-    return Connection(driver, prepares=process == driver.get_server_pid())
 
 
 class Database:
@@ -76,9 +60,32 @@ class Database:
         self.settings: Final = settings
         self.readers_max: Final = settings.pool_size - 1
         self._bridge = bridge
-        self._pool = Pool(functools.partial(_connection, settings))
+        self._pool = Pool(self._connect)
+        self._direct = False  # whether the last connection was the server's own
         self._lease_s: float | None = None
         self._closed = False
+
+    async def _connect(self) -> Connection:
+        """A new connection for the pool.
+
+        A pooler makes up the process that it greets with, as it will be several: only the server's own tells its real
+        one. The driver has to know before it connects, so the first one is made again.
+        """
+        if self.settings.prepared_statements == "never":
+            return Connection(await connect(self.settings), prepares=False)
+        while True:
+            driver = await connect(self.settings, keeps=self._direct)
+            try:
+                direct = await driver.fetchval("SELECT pg_backend_pid()") == driver.get_server_pid()
+            except BaseException:
+                self._direct = False  # a pooler may not know the statement that the driver has kept
+                driver.terminate()
+                raise
+            connection = Connection(driver, prepares=direct)
+            if direct == self._direct:
+                return connection
+            self._direct = direct
+            await connection.close()
 
     async def run(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
         """Await `function(*args)` on the loop of the connections, its errors translated."""

@@ -92,7 +92,7 @@ def translated(name: str) -> Iterator[None]:
         yield
     except AgentRuntimeError:
         raise
-    except asyncpg.InvalidCachedStatementError:
+    except (asyncpg.InvalidCachedStatementError, asyncpg.InvalidBinaryRepresentationError):
         raise StorageUnavailable(f"{name} has altered its tables meanwhile") from None
     except asyncpg.PostgresError as exc:
         state = _state(exc)
@@ -117,6 +117,8 @@ def rejecting(field: str) -> Iterator[None]:
     """Raise what is refused of the rows written inside as ChangeRejected, naming the field of the batch."""
     try:
         yield
+    except asyncpg.InvalidBinaryRepresentationError:  # the driver's, for columns that are not what they were
+        raise
     except Exception as exc:
         state = _state(exc)
         if state in _REJECTED or state[:2] in _REJECTED or isinstance(exc, _NOT_ENCODED):

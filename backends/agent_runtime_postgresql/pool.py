@@ -75,7 +75,11 @@ class Connection:
 
         Raises TypeError, ValueError or OverflowError for a value that the driver can't encode.
         """
-        tag: str = await self.driver.copy_records_to_table(table, columns=names, records=records)
+        try:
+            tag: str = await self.driver.copy_records_to_table(table, columns=names, records=records)
+        except asyncpg.PostgresError:  # the table may have been altered, and the driver goes by what it has kept of it
+            self.drop()
+            raise
         return _count(tag)
 
     async def _run(self, sql: str, values: list[Any]) -> tuple[Any, list[Any]]:
@@ -92,6 +96,14 @@ class Connection:
     def drop(self) -> None:
         """Close it without a word to the server."""
         self.driver.terminate()
+
+    async def close(self) -> None:
+        """Take leave of the server; where that fails or takes long, without a word."""
+        try:
+            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                await self.driver.close(timeout=_CLOSE_TIMEOUT_S)
+        finally:
+            self.drop()
 
 
 def _count(tag: str) -> int:
@@ -140,12 +152,4 @@ class Pool:
             await asyncio.wait(self._returning)
         self._closed = True
         idle, self._idle = self._idle, []
-        await asyncio.gather(*map(_close, idle))
-
-
-async def _close(connection: Connection) -> None:
-    try:
-        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
-            await connection.driver.close(timeout=_CLOSE_TIMEOUT_S)
-    finally:
-        connection.drop()
+        await asyncio.gather(*(connection.close() for connection in idle))
