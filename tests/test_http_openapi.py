@@ -132,6 +132,14 @@ async def test_what_is_no_length_purges_nothing(length: object) -> None:
 
 
 @pytest.mark.anyio
+async def test_the_least_length_counts_as_a_microsecond() -> None:
+    async with opened() as app:
+        await app("PUT", "/v1/sessions/porto")
+        purged = await app("POST", "/v1/purge", {"session_ids": ["porto"], "idle_longer_than_s": 5e-324})
+        assert [each["session_id"] for each in purged.json["items"]] == ["porto"]
+
+
+@pytest.mark.anyio
 async def test_it_is_made_once_and_says_where_it_is_mounted() -> None:
     inner = create_app("memory:")
     outer = App(Starlette(routes=[Mount("/agents", inner)]), root="/agents")

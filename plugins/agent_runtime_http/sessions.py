@@ -121,7 +121,7 @@ async def purge_sessions(call: Call) -> Answer:
 
 def _length(seconds: object) -> timedelta:
     if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds <= IDLE_S_MAX:
-        return timedelta(seconds=seconds)
+        return max(timedelta(seconds=seconds), timedelta.resolution)
     raise InvalidInput("idle_longer_than_s", f"must be a number of seconds above 0, at most {IDLE_S_MAX}")
 
 
