@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
+import asyncpg
 import pytest
 
 import postgres_server
@@ -227,8 +228,12 @@ async def found(server: OwnServer, query: str) -> int:
     return len(rows)
 
 
-@contextmanager
-def awaited_standby(server: OwnServer) -> Iterator[None]:
+WAITING: Final = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+ENDED: Final = f"SELECT pg_terminate_backend(pid) FROM ({WAITING}) AS it"
+
+
+@asynccontextmanager
+async def awaited_standby(server: OwnServer) -> AsyncIterator[None]:
     """Every commit, safe on the server's disk already, waits for a standby that is not there.
 
     https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION: such a commit is seen by others
@@ -239,11 +244,20 @@ def awaited_standby(server: OwnServer) -> Iterator[None]:
         server.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
         server.execute("SELECT pg_reload_conf()")
 
-    set_standbys("nobody")
+    def commit() -> None:
+        with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            while True:
+                server.execute("SELECT pg_logical_emit_message(true, '', '')")
+
+    await anyio.to_thread.run_sync(set_standbys, "nobody")
     try:
+        async with anyio.create_task_group() as tasks:  # the server takes a moment to heed it
+            tasks.start_soon(anyio.to_thread.run_sync, commit)
+            await found(server, ENDED)
         yield
     finally:
-        set_standbys("")
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(set_standbys, "")
 
 
 @pytest.mark.parametrize("times", [6, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(600)])])
@@ -256,17 +270,15 @@ async def test_commits_that_stand_although_their_connection_was_ended(own_server
         async with writing(lambda: open_postgresql(StorageConfig(url=proxy.url))) as writer:
             await writer.create("a")
             log = Log(writer)
-            with awaited_standby(own_server):
+            async with awaited_standby(own_server):
                 for seq in range(1, times + 1):
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(log.append, seq)
-                        waiting = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-                        await found(own_server, waiting)
+                        await found(own_server, WAITING)
                         if seq % 2:
                             await anyio.to_thread.run_sync(proxy.cut)
                             await found(own_server, "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-                        ended = await found(own_server, f"SELECT pg_terminate_backend(pid) FROM ({waiting}) AS it")
-                        assert ended == 1
+                        assert await found(own_server, ENDED) == 1
             await log.check(times)
             assert (log.tries, log.stored_unknown) == (2 * times, times)
 
