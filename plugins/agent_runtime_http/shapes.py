@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from agent_runtime import AgentContext, Document, Message, PurgedSession, Session, Watermarks
+from agent_runtime.durations import LENGTH_MAX
 from agent_runtime.plans import TITLE_CHARS_MAX
 from agent_runtime.records import DEFAULT_AGENT, Role, Time
 from agent_runtime.session import DESCRIPTION_CHARS_MAX, PAGE_ITEMS_MAX, REASON_CHARS_MAX
@@ -50,7 +51,7 @@ __all__ = [
 
 _RESERVED: Final = ["role", "content", "name", "tool_calls", "tool_call_id", "token_count", "metadata", "extra", "id"]
 
-IDLE_S_MAX: Final = 36_500 * 86_400
+IDLE_S_MAX: Final = int(LENGTH_MAX.total_seconds())
 
 Id: TypeAlias = Annotated[str, Meta(extra_json_schema=dict(ID))]
 Name: TypeAlias = Annotated[
