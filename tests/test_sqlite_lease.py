@@ -13,10 +13,9 @@ import pytest
 from msgspec.structs import asdict, replace
 
 from agent_runtime.errors import LeaseHeld, LeaseLost
-from agent_runtime.process import this_process
+from agent_runtime.process import boot_clock, this_process
 from agent_runtime.storage import Claim, LeaseRow, Storage, StorageConfig
 from agent_runtime.testing.kit.writer import Writer
-from agent_runtime_sqlite.lease import boot_clock
 from agent_runtime_sqlite.storage import open_storage
 
 pytestmark = pytest.mark.anyio
@@ -144,7 +143,7 @@ import sys
 sys.path[:] = sys.argv[2].split(":")
 import anyio
 from msgspec.structs import asdict
-from agent_runtime.process import this_process
+from agent_runtime.process import boot_clock, this_process
 from agent_runtime.storage import Claim, StorageConfig
 from agent_runtime_sqlite.storage import open_storage
 async def main():

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,15 @@ import anyio
 import httpx
 import pytest
 
-from agent_runtime import Config, LeaseHeld, Runtime, StorageUnavailable, open_runtime
+from agent_runtime import (
+    Config,
+    LeaseHeld,
+    LeaseLost,
+    Runtime,
+    StorageUnavailable,
+    open_runtime,
+    open_runtime_blocking,
+)
 from agent_runtime.errors import DrainIncomplete
 from agent_runtime.journal import LocalFiles, read_directory
 from agent_runtime.testing import Faults, faulty_plugin
@@ -182,6 +192,99 @@ async def test_writes_while_the_lease_has_expired(beside: Beside, unreachable: s
                 await anyio.sleep(0.05)
         await append(runtime, "again")
         assert await texts(runtime) == [*expected, "again"]
+
+
+# --- standing still ---------------------------------------------------------------------------------------------------
+
+STILL_S = 1.2
+"""Longer than the lease of these tests: the event loop stands still, as in a process that is stopped and goes on."""
+
+
+async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(beside: Beside, tmp_path: Path) -> None:
+    def take_over() -> None:
+        config = Config.of(f"sqlite:///{beside.path}", lease={"wait": True})
+        with open_runtime_blocking(config) as other:
+            other.get_session("s").put_document("notes", "n", "newer", idempotency_key="k2")
+
+    with pytest.raises(LeaseLost):
+        async with beside.open(duration_s=1.0) as runtime:
+            session = await runtime.get_or_create_session("s", durability="stored")
+            other = threading.Thread(target=take_over)
+            other.start()
+            other.join()
+            writes = [
+                lambda: session.put_document("notes", "n", "older", idempotency_key="k1"),
+                lambda: session.append("user", "x"),
+                lambda: runtime.get_or_create_session("new"),
+            ]
+            async with anyio.create_task_group() as tasks:
+                for write in writes:
+                    tasks.start_soon(_expect_lease_lost, write)
+            await _expect_lease_lost(writes[0])
+    async with beside.open() as runtime:
+        session = await runtime.get_session("s")
+        document = await session.get_document("notes", "n")
+        assert document is not None
+        assert document.value == "newer"
+        assert await texts(runtime) == []
+        assert [each.session_id for each in (await runtime.list_sessions()).items] == ["s"]
+
+
+async def _expect_lease_lost(write: Callable[[], Awaitable[object]]) -> None:
+    with pytest.raises(LeaseLost):
+        await write()
+
+
+async def test_who_stood_still_and_was_not_overtaken_renews_before_it_goes_on(beside: Beside) -> None:
+    async with beside.open(duration_s=1.0) as runtime:
+        await append(runtime, "x")
+        renewed = beside.faults.count("renew")
+        time.sleep(STILL_S)
+        await append(runtime, "y")
+        assert beside.faults.count("renew") > renewed
+        assert runtime.status().lease.expires_in_s > 0
+        assert await texts(runtime) == ["x", "y"]
+
+
+@pytest.mark.parametrize("unreachable", ["continue", "refuse"])
+async def test_who_stood_still_and_can_not_ask_does_as_when_it_is_away(beside: Beside, unreachable: str) -> None:
+    async with beside.open(duration_s=1.0, unreachable=unreachable) as runtime:
+        await append(runtime, "x")
+        outage = beside.faults.fail("renew")
+        time.sleep(STILL_S)
+        if unreachable == "continue":
+            await append(runtime, "y")
+        else:
+            with pytest.raises(StorageUnavailable, match="the lease has expired and can't be renewed"):
+                await append(runtime, "y")
+        assert outage.hits >= 1
+        outage.stop()
+
+
+async def test_a_database_that_never_answers_stops_no_write(
+    beside: Beside, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the process has run all the time nothing waits; where it has stood still, for a moment."""
+    monkeypatch.setattr("agent_runtime.lease._PATIENCE_S", 0.1)
+    unheard = "could not ask whose the lease is"
+    async with beside.open(duration_s=1.0) as runtime:
+        await append(runtime, "x")
+        gate = beside.faults.hold("renew")
+        await gate.reached.wait()
+        with anyio.fail_after(20):
+            while runtime.status().lease.expires_in_s > -1:
+                await append(runtime, "on")
+                await anyio.sleep(0.02)
+        assert unheard not in caplog.text
+        time.sleep(STILL_S)
+        await append(runtime, "y")
+        assert caplog.text.count(unheard) == 1
+        await append(runtime, "z")
+        assert caplog.text.count(unheard) == 1
+        gate.open()
+        with anyio.fail_after(20):
+            while runtime.status().lease.expires_in_s <= 0:
+                await anyio.sleep(0.02)
 
 
 # --- directories ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ boot has ended. So has one whose holder is provably dead: same machine, boot and
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -21,19 +20,13 @@ from agent_runtime_sql.tables import partitions
 from .transaction import SqliteTransaction, insert
 from .writer import Writer
 
-__all__ = ["Clock", "SqliteLeases", "boot_clock", "remaining_s"]
+__all__ = ["Clock", "SqliteLeases", "remaining_s"]
 
 Clock: TypeAlias = Callable[[], float]
 
-_CLOCK: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _EXPIRES_AT: Final = bindparam("expires_at", type_=partitions.c.expires_at.type)
 _STATEMENTS: Final = lease_statements(insert, SELECT_PARTITION, _EXPIRES_AT)
 _ROUNDING_S: Final = 1.0
-
-
-def boot_clock() -> float:
-    """Seconds since the machine booted, those asleep included where the platform counts them."""
-    return time.clock_gettime(_CLOCK)
 
 
 def remaining_s(row: Mapping[str, Any], boot_id: str | None, now: float) -> float | None:

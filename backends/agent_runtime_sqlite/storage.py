@@ -12,6 +12,7 @@ import anyio
 from agent_runtime.bridge import AsyncioBridge
 from agent_runtime.changes import Batch, Receipt
 from agent_runtime.filesystems import MOUNTS
+from agent_runtime.process import boot_clock
 from agent_runtime.storage import (
     Abilities,
     Fence,
@@ -26,7 +27,7 @@ from agent_runtime_sql.schema import migrate, not_current
 
 from .database import Database
 from .filesystem import find_file, prepare_file
-from .lease import Clock, SqliteLeases, boot_clock
+from .lease import Clock, SqliteLeases
 from .settings import parse_settings
 from .snapshot import Readers
 from .transaction import WRITES, SqliteTransaction

@@ -39,7 +39,9 @@ from .errors import (
     again,
 )
 from .histograms import SECONDS, Histogram
+from .lease import LeaseKeeper
 from .log import Log
+from .process import boot_clock
 from .records import Durability
 from .residents import OUTCOMES_MAX, Resident, Residents, Unknown
 from .rows import OutcomeRow
@@ -85,7 +87,7 @@ class _Flight:
 
 class Door:
     """What all handles share. `appends` has, by level, the seconds that calls took which appended messages. `guard` is
-    called before each write, and raises what refuses it.
+    called before each write, and raises what refuses it. Nothing is written without being sure of the `lease`.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Door:
         budget: Budget,
         residents: Residents,
         scheduler: Scheduler,
+        lease: LeaseKeeper,
         now: Callable[[], datetime],
         levels: Sequence[Durability],
         durability: Durability,
@@ -109,6 +112,7 @@ class Door:
         self.now = now
         self._budget = budget
         self._scheduler = scheduler
+        self._lease = lease
         self._levels = levels
         self._read_timeout_s = read_timeout_s
         self._guard = guard
@@ -307,6 +311,10 @@ class Door:
             while True:
                 if self._closed is not None or get_ident() != self._thread:  # check_open, without the call
                     self._refuse()
+                if boot_clock() >= self._lease.sure_until:
+                    await self._lease.confirm()
+                    asked = False
+                    continue
                 if self._guard is not None:
                     self._guard()
                 current = None if fresh else self.residents.find(session_id)

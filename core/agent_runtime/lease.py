@@ -3,6 +3,10 @@
 The epoch in the fence is what keeps two writers apart; time only decides when another one may try. So a lease that
 could not be renewed in time, because the database was away, is renewed when it is back, if nobody has taken it.
 
+A process that stood still until its lease had expired (stopped, or asleep with its machine) does not know whether it
+was overtaken. It asks before it acknowledges anything: what it wrote now would be of an older epoch than what another
+runtime may have acknowledged since, yet by its time the newer one when it came in late.
+
 Whoever waits for a lease asks for it again and again: a holder that has ended, or given it back, is succeeded within a
 second, one that has fallen silent when its lease has expired.
 """
@@ -16,9 +20,9 @@ from typing import Final, TypeVar
 
 import anyio
 
-from .errors import LeaseHeld, LeaseLost, StorageUnavailable
+from .errors import LeaseHeld, LeaseLost, StorageUnavailable, again
 from .identifiers import utc_now
-from .process import this_process
+from .process import boot_clock, this_process
 from .storage import Claim, Grant, LeaseDesk
 
 __all__ = ["LeaseKeeper", "claim_of", "patiently"]
@@ -28,6 +32,10 @@ logger = logging.getLogger("agent_runtime.lease")
 T = TypeVar("T")
 _RENEWALS: Final = 3
 """How often a lease is renewed within its duration."""
+_LOOKS: Final = 6
+"""How often within a lease's duration the process sees that it has not stood still; it may miss one of them."""
+_PATIENCE_S: Final = 2.0
+"""How long a write waits for the database to say whose the lease is; one that is away does not stop writes."""
 _POLL_S: Final = 1.0
 _POLL_LEAST_S: Final = 0.1
 
@@ -85,15 +93,22 @@ def claim_of(
 
 
 class LeaseKeeper:
-    """Takes and renews one lease. `expires_at` is by `anyio.current_time()`, counted from before the request."""
+    """Takes and renews one lease. All times are by `boot_clock`.
+
+    `expires_at` is counted from before the request. Up to `sure_until` the lease has not expired, or the process has
+    not stood still since: who acknowledges anything after that asks first (`confirm`).
+    """
 
     grant: Grant
 
     def __init__(self, desk: LeaseDesk, duration_s: float) -> None:
         self._desk = desk
         self._duration_s = duration_s
-        self.expires_at = anyio.current_time()
+        self.expires_at = self.sure_until = boot_clock()
         self.unreachable = False
+        self._doubt = anyio.Event()
+        self._answered = anyio.Event()
+        self._lost: LeaseLost | None = None
 
     async def acquire(self, claim: Claim) -> None:
         """Take the lease. To be called first.
@@ -104,19 +119,35 @@ class LeaseKeeper:
             LeaseHeld: someone else has it.
             StorageError: the database can't be asked.
         """
-        before = anyio.current_time()
+        before = boot_clock()
         try:
             self.grant = await self._desk.acquire(claim)
         except StorageUnavailable:
             if not claim.reclaims:
                 raise
             self.grant = await self._desk.acquire(claim)
-        self.expires_at = before + self._duration_s
+        self._extend(before)
 
     @property
     def expired(self) -> bool:
         """Whether another runtime may have taken the lease, as far as this one knows."""
-        return anyio.current_time() >= self.expires_at
+        return boot_clock() >= self.expires_at
+
+    async def confirm(self) -> None:
+        """Have the database say whose the lease is, before it would be asked anyway; wait for that, but not for long.
+
+        Raises:
+            LeaseLost: another runtime has taken over.
+        """
+        self._doubt.set()
+        with anyio.move_on_after(_PATIENCE_S):
+            while self._lost is None and boot_clock() >= self.sure_until:
+                await self._answered.wait()
+        if self._lost is not None:
+            raise again(self._lost)
+        if boot_clock() >= self.sure_until:
+            logger.warning("could not ask whose the lease is in %g s, going on", _PATIENCE_S)
+            self._go_on()
 
     async def run(self) -> None:
         """Renew until cancelled.
@@ -124,21 +155,58 @@ class LeaseKeeper:
         Raises:
             LeaseLost: somebody else has taken it.
         """
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._look)
+            lost = await self._renew_until_lost()
+            tasks.cancel_scope.cancel()
+        raise lost
+
+    async def _renew_until_lost(self) -> LeaseLost:
         while True:
-            await anyio.sleep(self._duration_s / _RENEWALS)
-            before = anyio.current_time()
-            try:
-                await self._desk.renew(self.grant.fence, self._duration_s)
-            except LeaseLost:
-                logger.error("the lease is lost: another runtime has taken over")
-                raise
-            except Exception as error:  # noqa: BLE001 — whatever it is, the epoch keeps us safe, and we try again
-                if not self.unreachable:
-                    logger.warning("could not renew the lease, going on: %s", type(error).__name__)
-                self.unreachable = True
+            with anyio.move_on_after(self._duration_s / _RENEWALS):
+                await self._doubt.wait()
+            self._doubt = anyio.Event()
+            await self._renew()
+            self._answered.set()
+            self._answered = anyio.Event()
+            if self._lost is not None:
+                return self._lost
+
+    async def _renew(self) -> None:
+        before = boot_clock()
+        in_doubt = before >= self.sure_until
+        try:
+            await self._desk.renew(self.grant.fence, self._duration_s)
+        except LeaseLost as error:
+            logger.error("the lease is lost: another runtime has taken over")
+            self._lost = error
+        except Exception as error:  # noqa: BLE001 — whatever it is, the epoch keeps us safe, and we try again
+            if not self.unreachable:
+                logger.warning("could not renew the lease, going on: %s", type(error).__name__)
+            self.unreachable = True
+            if in_doubt:  # else it began before the process stood still, and says nothing
+                self._go_on()
+        else:
+            self.unreachable = False
+            self._extend(before)
+        if boot_clock() >= self.sure_until:
+            self._doubt.set()
+
+    async def _look(self) -> None:
+        """See that the process has not stood still."""
+        while True:
+            await anyio.sleep(self._duration_s / _LOOKS)
+            if boot_clock() < self.sure_until:
+                self._go_on()
             else:
-                self.unreachable = False
-                self.expires_at = before + self._duration_s
+                self._doubt.set()
+
+    def _extend(self, before: float) -> None:
+        self.expires_at = before + self._duration_s
+        self.sure_until = max(self.sure_until, self.expires_at)
+
+    def _go_on(self) -> None:
+        self.sure_until = max(self.sure_until, boot_clock() + 2 * self._duration_s / _LOOKS)
 
     async def release(self) -> None:
         """Give the lease back, if the database can be reached; else it expires."""

@@ -3,20 +3,29 @@
 A process id alone says little: ids are used again, count anew in each container, and mean nothing after a reboot. So
 the boot, the namespace and the start of the process go with it. Elsewhere than on Linux those are unknown, and no
 process is ever said to be dead.
+
+A process may stand still for long: stopped, or asleep with its machine. `boot_clock` counts on meanwhile.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
-__all__ = ["ProcessFacts", "is_dead", "this_process"]
+__all__ = ["ProcessFacts", "boot_clock", "is_dead", "this_process"]
 
 _PROC: Final = Path("/proc")
+_CLOCK: Final[int] = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def boot_clock() -> float:
+    """Seconds since the machine booted, those asleep included where the platform counts them."""
+    return time.clock_gettime(_CLOCK)
 
 
 class ProcessFacts(msgspec.Struct, frozen=True, kw_only=True):

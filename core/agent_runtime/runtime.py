@@ -127,6 +127,7 @@ class Runtime:
             budget=self._budget,
             residents=self._residents,
             scheduler=self._scheduler,
+            lease=lease,
             now=utc_now,
             levels=levels,
             durability=durability,
