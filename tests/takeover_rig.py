@@ -284,7 +284,7 @@ class Takeovers:
             self._numbers += 1
             number = self._numbers
             chance = self._random.random()
-            what = "append" if chance < 0.7 else "put" if chance < 0.9 else "delete" if chance < 0.94 else "create"
+            what = "append" if chance < 0.5 else "put" if chance < 0.8 else "delete" if chance < 0.92 else "create"
             call = Call(f"k{number}", what, session, str(number) if what == "put" else f"text {number}")
             if what == "delete":
                 self.book.deleting.add(session)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import pytest
@@ -25,6 +28,7 @@ from agent_runtime import (
 )
 from agent_runtime.errors import DrainIncomplete
 from agent_runtime.history import INTERRUPTED
+from agent_runtime.identifiers import utc_now
 from agent_runtime.late import MARK
 from agent_runtime.records import LATE
 from agent_runtime.storage import Abilities, Fence, StorageConfig, StorageFactory
@@ -482,6 +486,98 @@ async def test_a_late_deletion_of_a_session_that_is_gone_is_done(world: World) -
     async with world.open() as runtime:
         assert (await runtime.list_sessions()).items == []
         assert await runtime.quarantine.entries() == []
+
+
+# --- every order of putting, deleting and creating ---------------------------------------------------------------------
+
+STEPS = ("put", "discard", "delete", "create")
+SHORT = [(), *product(STEPS), *product(STEPS, repeat=2)]
+
+
+class Meanwhile(NamedTuple):
+    """What becomes of one session: it was there from before or not, and what either runtime does to it."""
+
+    stored: bool
+    late: tuple[str, ...]
+    second: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "_".join(("stored" if self.stored else "absent", "late", *self.late, "second", *self.second))
+
+    def left_by(self, who: tuple[str, ...], value: str) -> str | None:
+        """The document, had nobody else done anything. "none": the session has none; None: there is no session."""
+        found = "base" if self.stored else None
+        for step in who:
+            found = {"put": value, "discard": found and "none", "delete": None, "create": found or "none"}[step]
+        return found
+
+    def allowed(self, *, ahead: bool) -> set[str | None]:
+        """What may be there in the end. `ahead`: by the clock, all that is late was done after the rest."""
+        late, second = self.left_by(self.late, "late"), self.left_by(self.second, "second")
+        if not self.second or (self.stored and set(self.second) == {"create"}):  # nobody else has changed anything
+            return {late}
+        if not self.late or (self.stored and set(self.late) == {"create"}):
+            return {second}
+        lost = self.stored and "delete" in self.second and "delete" not in self.late  # its changes are in quarantine
+        if lost or (second == "second" and not ahead):
+            return {second}
+        if (
+            second == "second" and late != "late"
+        ):  # who discarded a document by the clock later is believed to have seen it
+            return {second, "none"} if self.stored and {"discard", "delete"} & {*self.late} else {second}
+        if late == "late":
+            return {"late"}
+        if "base" in (late, second):  # one has created it anew, or discarded it, the other has not
+            return {late, second} - {"base"} or {"base"}
+        return {late, second} - {None} or {None}
+
+
+EVERY = [Meanwhile(*each) for each in product((True, False), SHORT, SHORT)]
+
+
+async def do(runtime: Runtime, name: str, steps: tuple[str, ...], value: str) -> None:
+    for step in steps:
+        if step in {"put", "create"}:
+            session = await runtime.get_or_create_session(name)
+            if step == "put":
+                await session.put_document("notes", "n", value)
+            continue
+        try:
+            session = await runtime.get_session(name)
+        except SessionNotFound:
+            continue
+        await (session.delete() if step == "delete" else session.delete_document("notes", "n"))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_of_two_documents_the_newer_stands_in_every_order_of_deletion_and_creation(
+    world: World, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """`ahead`: the clock of the runtime that was overtaken is an hour ahead of the other's."""
+    async with world.open() as runtime:
+        for each in EVERY:
+            if each.stored:
+                await do(runtime, each.name, ("put",), "base")
+    with monkeypatch.context() as patched:
+        if ahead:
+            patched.setattr("agent_runtime.runtime.utc_now", lambda: utc_now() + timedelta(hours=1))
+        async with world.losing() as runtime:
+            for each in EVERY:
+                await do(runtime, each.name, each.late, "late")
+    async with world.second() as runtime:
+        for each in EVERY:
+            await do(runtime, each.name, each.second, "second")
+    wrong = {}
+    async with world.open() as runtime:
+        for each in EVERY:
+            found: Any = None
+            with contextlib.suppress(SessionNotFound):
+                document = await (await opened(runtime, each.name)).get_document("notes", "n")
+                found = "none" if document is None else document.value
+            if found not in each.allowed(ahead=ahead):
+                wrong[each.name] = found, each.allowed(ahead=ahead)
+    assert wrong == {}
 
 
 # --- room -------------------------------------------------------------------------------------------------------------

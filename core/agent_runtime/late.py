@@ -8,11 +8,12 @@ it finds:
   it goes to the end, under a new seq, marked as late (`records.LATE`).
 - A call whose idempotency key is known was repeated elsewhere: its change is dropped. If it created a session, what
   follows goes to the one that the repetition created.
+- A session that nobody else has changed since takes everything as it was, whatever the clocks say.
 - What a later change of the journal removes does not come in at all. Removals otherwise touch what they saw: messages
-  that were stored when the journal was overtaken, documents that are no newer. A session that was changed since is not
-  deleted, but cleared of those.
+  that were stored when the journal was overtaken, documents that were there before its changes. A session that was
+  changed since is not deleted, but cleared of those.
 - Contexts and documents that are older than what is there are dropped; of details that are, only those come in that
-  nobody has given since.
+  nobody has given since. What is older is told by their times: the database does not say who wrote a document.
 - Changes of a session that was deleted since go to quarantine, as orphans: they hold nobody. A session that was
   created under an id that another has taken since is joined to that one.
 
@@ -92,6 +93,7 @@ class LateReplay:
         self._scheduler = scheduler
         self._flush = flush
         self._stories: dict[str, Story] = {}
+        self._again = False
         self._orphans = 0
 
     async def run(self, *, ours: bool) -> None:
@@ -139,6 +141,7 @@ class LateReplay:
                 except msgspec.MsgspecError:
                     mark = None  # a crash came before it was whole, and so before anything else
                 if mark is not None and (mark.journal, mark.end) == (self._journal_id, end):
+                    self._again = True
                     return mark.stored
                 self._files.unlink(MARK)
             file_ = self._files.create(MARK)
@@ -225,9 +228,12 @@ class LateReplay:
             return
         current = await self._door.locate(change.session_id)
         if change.birth is not None and current is None:
-            await self._write(change.session_id, lambda _: reborn(change, story, self._log.next, late))
+            born = await self._write(change.session_id, lambda _: reborn(change, story, self._log.next, late))
+            story.sequence = born or 0
             return
         if current is None or current.incarnation != change.incarnation:
+            if story.born and story.deleted:
+                return
             current = await self._joined(change, story)
             if current is None:
                 self._orphan(change)
@@ -241,7 +247,10 @@ class LateReplay:
                 raise StorageUnavailable(f"the session {change.session_id!r} is gone while nobody may write")
             return rebuilt(change, story, found, resident, self._log.next, late)
 
-        await self._write(current.session_id, build)
+        alone = story.alone(current)
+        sequence = await self._write(current.session_id, build)
+        if sequence is not None and alone:
+            story.sequence = sequence
 
     async def _outcome(self, scope: str, key: str) -> OutcomeRow | None:
         async with self._door.view(None) as snapshot:
@@ -249,7 +258,7 @@ class LateReplay:
 
     async def _joined(self, change: Change, story: Story) -> Resident | None:
         """The session that has taken the place of one which only this journal knew; None: there is none."""
-        if not story.born or change.deleted:
+        if not story.born:
             return None
         session_id = change.session_id
         outcome = None if story.key is None else await self._outcome(CREATION_SCOPE, story.key)
@@ -257,11 +266,12 @@ class LateReplay:
             session_id = _decode_session(outcome.outcome).session_id
         return await self._door.locate(session_id)
 
-    async def _write(self, session_id: str, build: Callable[[Resident | None], Change | None]) -> None:
-        """Put what `build` makes of the session into the log."""
+    async def _write(self, session_id: str, build: Callable[[Resident | None], Change | None]) -> int | None:
+        """Put what `build` makes of the session into the log; under which sequence, if it makes anything."""
 
-        def decide(current: Resident | None) -> Plan[None]:
-            return Plan(build(current), None)
+        def decide(current: Resident | None) -> Plan[int | None]:
+            change = build(current)
+            return Plan(change, None if change is None else change.sequence)
 
         while True:
             try:
@@ -281,8 +291,9 @@ class LateReplay:
     async def _found(self, change: Change, story: Story, current: Resident) -> Found:
         """What of a change still has its place, as far as the database must be asked."""
         found = Found()
-        place = current.session_id, current.incarnation
+        place, alone = (current.session_id, current.incarnation), story.alone(current)
         if current.incarnation == change.incarnation:
+            found.saw_all = alone or (self._again and _seems_unchanged(change, current))
             for seq in change.removed:
                 if seq <= story.base and await self._reads.message(*place, seq) is not None:
                     found.removed.append(seq)
@@ -290,14 +301,30 @@ class LateReplay:
             if floor is not None:
                 found.floor = min(floor, story.base)
                 found.left = await self._count_above(current, found.floor)
+            if change.deleted and not found.saw_all:
+                found.discarded = await self._documents_seen(story, current)
         for row in change.documents:
-            there, _ = await self._reads.document_row(*place, row.collection, row.key)
+            if story.gone_document(row, change.sequence):
+                continue
+            there = None if alone else (await self._reads.document_row(*place, row.collection, row.key))[0]
             if there is None or there.updated_at <= row.updated_at:
                 found.documents.append(replace(row, incarnation=current.incarnation))
         for collection, key in change.discarded:
             there, _ = await self._reads.document_row(*place, collection, key)
-            if there is not None and there.updated_at <= change.last_activity:
+            if there is not None and (alone or story.saw(there)):
                 found.discarded.append((collection, key))
+        return found
+
+    async def _documents_seen(self, story: Story, current: Resident) -> list[tuple[str, str]]:
+        """The documents of a session that the journal knew of."""
+        await self._store()
+        found: list[tuple[str, str]] = []
+        async with self._door.view(current) as snapshot:
+            for collection in await snapshot.collections(current.incarnation):
+                key = ""
+                while page := await snapshot.documents(current.incarnation, collection, after=key, limit=_PAGE):
+                    found += ((collection, row.key) for row in page if story.saw(row))
+                    key = page[-1].key
         return found
 
     async def _count_above(self, current: Resident, floor: int) -> int:
@@ -311,3 +338,8 @@ class LateReplay:
             if page.next is None:
                 return count
             after = page.next
+
+
+def _seems_unchanged(change: Change, current: Resident) -> bool:
+    """Whether nobody has changed the session since, as far as its messages and its times tell."""
+    return current.next_seq == change.next_seq and current.last_activity <= change.last_activity

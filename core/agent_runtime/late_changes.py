@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Final
 
 import msgspec
@@ -25,30 +26,56 @@ _EFFECTS: Final = frozenset(
 class Story(msgspec.Struct):
     """What a journal tells of a session from where it was overtaken on: what had been stored, what becomes of the rest.
 
-    `base` is the highest seq that was stored, `key` the idempotency key of the call that created the session, if that
-    was `born` there.
+    `base` is the highest seq that was stored, `sequence` that of the session's last change: stored then, or brought in
+    since. `key` is the idempotency key of the call that created the session, if that was `born` there. `began_at` is
+    the time of its first change, `discarded` has the sequence of the last change that discards a document. In the end
+    it may be `deleted`.
     """
 
     base: int
+    sequence: int
     born: bool
     key: str | None
+    began_at: datetime
+    deleted: bool = False
     floor: int = 0
     removed: set[int] = msgspec.field(default_factory=set)
+    discarded: dict[tuple[str, str], int] = msgspec.field(default_factory=dict)
 
     @classmethod
     def begun_by(cls, change: Change) -> Story:
         """The story that begins with a change; which is still to be added."""
         first = _decode_message(change.messages[0]).seq if change.messages else change.next_seq
         key = None if change.birth is None or change.outcome is None else change.outcome.key
-        return cls(base=first - 1, born=change.birth is not None, key=key)
+        return cls(
+            base=first - 1,
+            sequence=change.previous,
+            born=change.birth is not None,
+            key=key,
+            began_at=change.last_activity,
+        )
 
     def add(self, change: Change) -> None:
         """The next change of the session."""
         self.removed.update(change.removed)
+        self.discarded.update(dict.fromkeys(change.discarded, change.sequence))
         if change.floor is not None:
             self.floor = max(self.floor, change.floor)
         if change.deleted:
+            self.deleted = True
             self.floor = change.next_seq - 1
+
+    def alone(self, current: Resident) -> bool:
+        """Whether nobody else has changed the session since: then everything is as the journal knew it."""
+        return current.sequence == self.sequence
+
+    def saw(self, row: DocumentRow) -> bool:
+        """Whether a document that is there was there before the journal's changes, as far as its time tells."""
+        return not self.born and row.updated_at <= self.began_at
+
+    def gone_document(self, row: DocumentRow, sequence: int) -> bool:
+        """Whether a document that was put under a sequence is removed later on."""
+        return self.deleted or sequence < self.discarded.get((row.collection, row.key), 0)
 
     def gone(self, seq: int) -> bool:
         """Whether a message that was not stored is removed later on."""
@@ -56,13 +83,15 @@ class Story(msgspec.Struct):
 
 
 class Found(msgspec.Struct):
-    """What of a change has its place: stored messages, documents, a floor and the number of messages above it."""
+    """What of a change has its place: stored messages, documents, a floor and the number of messages above it; and
+    whether a deletion saw all that there is."""
 
     removed: list[int] = []
     floor: int | None = None
     left: int = 0
     documents: list[DocumentRow] = []
     discarded: list[tuple[str, str]] = []
+    saw_all: bool = False
 
 
 def reborn(change: Change, story: Story, sequence: int, late: Late) -> Change:
@@ -79,7 +108,7 @@ def rebuilt(change: Change, story: Story, found: Found, current: Resident, seque
     messages, next_seq = _placed(change, story, current)
     count = current.message_count if found.floor is None else found.left
     parts: dict[str, Any] = {"message_count": count + len(messages) - len(found.removed), "next_seq": next_seq}
-    if change.deleted and _saw_all(change, current):
+    if change.deleted and found.saw_all:
         parts = {"message_count": current.message_count, "next_seq": next_seq, "deleted": True}
     else:
         parts |= {
@@ -87,8 +116,8 @@ def rebuilt(change: Change, story: Story, found: Found, current: Resident, seque
             "removed": tuple(found.removed),
             "documents": tuple(found.documents),
             "discarded": tuple(found.discarded),
-            "details": _details(change, current),
-            **_context(change, current),
+            "details": _details(change, story, current),
+            **_context(change, story, current),
         }
         if found.floor is not None and found.floor > current.floor:
             parts["floor"] = found.floor
@@ -105,14 +134,6 @@ def rebuilt(change: Change, story: Story, found: Found, current: Resident, seque
         late=late,
         **parts,
     )
-
-
-def _saw_all(change: Change, current: Resident) -> bool:
-    """Whether nobody has changed the session since, as far as its messages and its times tell."""
-    return (current.incarnation, current.next_seq) == (
-        change.incarnation,
-        change.next_seq,
-    ) and current.last_activity <= change.last_activity
 
 
 def _placed(change: Change, story: Story, current: Resident) -> tuple[dict[int, Raw], int]:
@@ -164,13 +185,13 @@ def _marked(message: EncodedMessage, seq: int) -> Raw:
     return Raw(msgspec.json.encode(replace(message, seq=seq, metadata=Raw(msgspec.json.encode(metadata)))))
 
 
-def _details(change: Change, current: Resident) -> Details | None:
+def _details(change: Change, story: Story, current: Resident) -> Details | None:
     """The details of a change; where the session was changed later than that, only what it has none of."""
     details = change.details
     if details is None:
         return None
     there = current.details()
-    if change.birth is not None or current.last_activity > change.last_activity:
+    if change.birth is not None or (current.last_activity > change.last_activity and not story.alone(current)):
         details = Details(
             there.title if there.title is not None else details.title,
             there.description if there.description is not None else details.description,
@@ -179,10 +200,12 @@ def _details(change: Change, current: Resident) -> Details | None:
     return None if details == there else details
 
 
-def _context(change: Change, current: Resident) -> dict[str, Any]:
+def _context(change: Change, story: Story, current: Resident) -> dict[str, Any]:
     """The context, unless a newer one is there: a switch of agents or other metadata, whichever the call brought."""
     row, there = change.context, current.context
-    if row is None or change.birth is not None or there.updated_at > row.updated_at:
+    if row is None or change.birth is not None:
+        return {}
+    if there.updated_at > row.updated_at and not story.alone(current):
         return {}
     if not change.switches:
         return {"context": replace(there, metadata=row.metadata, updated_at=row.updated_at)}
