@@ -522,10 +522,9 @@ class Meanwhile(NamedTuple):
         lost = self.stored and "delete" in self.second and "delete" not in self.late  # its changes are in quarantine
         if lost or (second == "second" and not ahead):
             return {second}
-        if (
-            second == "second" and late != "late"
-        ):  # who discarded a document by the clock later is believed to have seen it
-            return {second, "none"} if self.stored and {"discard", "delete"} & {*self.late} else {second}
+        if second == "second" and late != "late":
+            removed = self.stored and {"discard", "delete"} & {*self.late}  # by the clock it had seen the other's
+            return {second, "none"} if removed else {second}
         if late == "late":
             return {"late"}
         if "base" in (late, second):  # one has created it anew, or discarded it, the other has not
