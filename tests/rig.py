@@ -102,8 +102,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 @pytest.fixture(params=["asyncio", "trio"])
-def virtual_time(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """In a module that imports it as `anyio_backend`, the time of the event loop is virtual."""
+def virtual_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+    """In a module that imports it as `anyio_backend`, the time of the event loop is virtual, and that of leases."""
+    monkeypatch.setattr("agent_runtime.lease.boot_clock", anyio.current_time)
     if request.param == "asyncio":
         return "asyncio", {"loop_factory": VirtualLoop}
     return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}

@@ -98,6 +98,7 @@ def _determined(seed: int, world: World) -> Iterator[None]:
             "trio._core._run._r": random.Random(seed),
             "random.SystemRandom.getrandbits": lambda _, bits: chance.getrandbits(bits),
             "agent_runtime.opening.uuid4": lambda: uuid.UUID(int=chance.getrandbits(128)),
+            "agent_runtime.lease.boot_clock": trio.current_time,
             "agent_runtime.runtime.utc_now": world.now,
             "agent_runtime.runtime.time.time_ns": lambda: int(world.now().timestamp() * 1e9),
             "agent_runtime.plugins._installed": list,

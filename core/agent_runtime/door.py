@@ -41,7 +41,6 @@ from .errors import (
 from .histograms import SECONDS, Histogram
 from .lease import LeaseKeeper
 from .log import Log
-from .process import boot_clock
 from .records import Durability
 from .residents import OUTCOMES_MAX, Resident, Residents, Unknown
 from .rows import OutcomeRow
@@ -311,7 +310,7 @@ class Door:
             while True:
                 if self._closed is not None or get_ident() != self._thread:  # check_open, without the call
                     self._refuse()
-                if boot_clock() >= self._lease.sure_until:
+                if self._lease.in_doubt:
                     await self._lease.confirm()
                     asked = False
                     continue

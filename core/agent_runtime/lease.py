@@ -93,10 +93,9 @@ def claim_of(
 
 
 class LeaseKeeper:
-    """Takes and renews one lease. All times are by `boot_clock`.
+    """Takes and renews one lease, which is counted from before each request, by `boot_clock`.
 
-    `expires_at` is counted from before the request. Up to `sure_until` the lease has not expired, or the process has
-    not stood still since: who acknowledges anything after that asks first (`confirm`).
+    Until it expires, and after that for as long as the process is seen not to stand still, nothing is `in_doubt`.
     """
 
     grant: Grant
@@ -104,7 +103,7 @@ class LeaseKeeper:
     def __init__(self, desk: LeaseDesk, duration_s: float) -> None:
         self._desk = desk
         self._duration_s = duration_s
-        self.expires_at = self.sure_until = boot_clock()
+        self._expires_at = self._sure_until = boot_clock()
         self.unreachable = False
         self._doubt = anyio.Event()
         self._answered = anyio.Event()
@@ -129,9 +128,19 @@ class LeaseKeeper:
         self._extend(before)
 
     @property
+    def expires_in_s(self) -> float:
+        """How long the lease lasts, as far as this runtime knows: negative once it has ended."""
+        return self._expires_at - boot_clock()
+
+    @property
     def expired(self) -> bool:
         """Whether another runtime may have taken the lease, as far as this one knows."""
-        return boot_clock() >= self.expires_at
+        return boot_clock() >= self._expires_at
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the lease may have been taken while the process stood still: who acknowledges anything asks first."""
+        return boot_clock() >= self._sure_until
 
     async def confirm(self) -> None:
         """Have the database say whose the lease is, before it would be asked anyway; wait for that, but not for long.
@@ -141,11 +150,11 @@ class LeaseKeeper:
         """
         self._doubt.set()
         with anyio.move_on_after(_PATIENCE_S):
-            while self._lost is None and boot_clock() >= self.sure_until:
+            while self._lost is None and self.in_doubt:
                 await self._answered.wait()
         if self._lost is not None:
             raise again(self._lost)
-        if boot_clock() >= self.sure_until:
+        if self.in_doubt:
             logger.warning("could not ask whose the lease is in %g s, going on", _PATIENCE_S)
             self._go_on()
 
@@ -174,7 +183,7 @@ class LeaseKeeper:
 
     async def _renew(self) -> None:
         before = boot_clock()
-        in_doubt = before >= self.sure_until
+        in_doubt = before >= self._sure_until
         try:
             await self._desk.renew(self.grant.fence, self._duration_s)
         except LeaseLost as error:
@@ -189,24 +198,24 @@ class LeaseKeeper:
         else:
             self.unreachable = False
             self._extend(before)
-        if boot_clock() >= self.sure_until:
+        if self.in_doubt:
             self._doubt.set()
 
     async def _look(self) -> None:
         """See that the process has not stood still."""
         while True:
             await anyio.sleep(self._duration_s / _LOOKS)
-            if boot_clock() < self.sure_until:
-                self._go_on()
-            else:
+            if self.in_doubt:
                 self._doubt.set()
+            else:
+                self._go_on()
 
     def _extend(self, before: float) -> None:
-        self.expires_at = before + self._duration_s
-        self.sure_until = max(self.sure_until, self.expires_at)
+        self._expires_at = before + self._duration_s
+        self._sure_until = max(self._sure_until, self._expires_at)
 
     def _go_on(self) -> None:
-        self.sure_until = max(self.sure_until, boot_clock() + 2 * self._duration_s / _LOOKS)
+        self._sure_until = max(self._sure_until, boot_clock() + 2 * self._duration_s / _LOOKS)
 
     async def release(self) -> None:
         """Give the lease back, if the database can be reached; else it expires."""

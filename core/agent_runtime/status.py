@@ -15,7 +15,6 @@ from .histograms import Histogram
 from .journal import Journal
 from .lease import LeaseKeeper
 from .log import Log
-from .process import boot_clock
 from .records import Durability, Watermarks
 from .residents import Residents
 from .scheduler import FlushFigures, Scheduler
@@ -174,7 +173,7 @@ def status_of(
         ),
         lease=LeaseStatus(
             epoch=lease.grant.fence.epoch,
-            expires_in_s=lease.expires_at - boot_clock(),
+            expires_in_s=lease.expires_in_s,
             unreachable=lease.unreachable,
         ),
         journal=None if journal is None else _journal_status(journal),
