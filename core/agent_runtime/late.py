@@ -19,7 +19,9 @@ it finds:
 
 Each change names the place that it had (`Change.late`), and the batch that stores it moves its journal's row there. So
 replay may be killed anywhere and run again. For what it must know of the whole journal it notes, in a file of its own,
-how far the journal was stored when it was overtaken: a later run looks at the same changes as the first one.
+how far the journal was stored when it was overtaken, and which sessions others have changed: a later run looks at the
+same changes as the first one, and knows what that one has brought in from what others did. Where another runtime has
+written between the two, a session that the first one has begun with counts as changed.
 """
 
 from __future__ import annotations
@@ -54,18 +56,22 @@ __all__ = ["MARK", "LateReplay"]
 logger: Final = logging.getLogger("agent_runtime.journal")
 
 MARK: Final = "overtaken"
+_MARKS: Final = (MARK, f"{MARK}.2")
+"""Two, in turns: the last one stays until the next one is on the disk."""
 _CHANGES_PER_TURN: Final = 50
 _PAGE: Final = 1000
-_MARK_BYTES_MAX: Final = 4096
 _decode_session: Final = msgspec.json.Decoder(Session).decode
 
 
 class _Mark(msgspec.Struct, frozen=True):
-    """What the file says: the journal was stored up to `stored`, and ended at `end`, when it was overtaken."""
+    """What the file says: the journal was stored up to `stored`, and ended at `end`, when it was overtaken. `changed`
+    are the incarnations that others have changed since, as the run in `epoch` knew."""
 
     journal: str
     stored: int
     end: int
+    epoch: int = 0
+    changed: list[str] = []
 
 
 class LateReplay:
@@ -81,7 +87,9 @@ class LateReplay:
         reads: Reads,
         scheduler: Scheduler,
         flush: Callable[[], Awaitable[None]],
+        epoch: int,
     ) -> None:
+        self._epoch = epoch
         self._files = overtaken.files
         self._directory = overtaken.directory
         self._journal_id = overtaken.journal_id
@@ -93,7 +101,6 @@ class LateReplay:
         self._scheduler = scheduler
         self._flush = flush
         self._stories: dict[str, Story] = {}
-        self._again = False
         self._orphans = 0
 
     async def run(self, *, ours: bool) -> None:
@@ -105,13 +112,9 @@ class LateReplay:
             LeaseLost: another runtime has taken over.
         """
         end = self._directory.end
-        base = await self._begin(end)
         if ours:
             self._log.next = max(self._log.next, end + 1)
-        for number, change in enumerate(self._changes(base), 1):
-            self._note(change)
-            if number % _CHANGES_PER_TURN == 0:
-                await checkpoint()
+        await self._begin(end)
         count = 0
         for change in self._changes(self._done):
             await self._bring(change)
@@ -129,35 +132,64 @@ class LateReplay:
 
     # The journal
 
-    async def _begin(self, end: int) -> int:
-        """How far the journal was stored when it was overtaken; noted on the disk before anything comes in."""
+    async def _begin(self, end: int) -> None:
+        """Learn what there is to know of the whole, and note it on the disk before anything comes in."""
         try:
-            names = self._files.names()
-            if MARK in names:
-                with self._files.read(MARK) as file:
-                    data = file.read(_MARK_BYTES_MAX)
-                try:
-                    mark = msgspec.json.decode(data, type=_Mark)
-                except msgspec.MsgspecError:
-                    mark = None  # a crash came before it was whole, and so before anything else
-                if mark is not None and (mark.journal, mark.end) == (self._journal_id, end):
-                    self._again = True
-                    return mark.stored
-                self._files.unlink(MARK)
-            file_ = self._files.create(MARK)
-            try:
-                data = msgspec.json.encode(_Mark(self._journal_id, self._done, end)) + b"\n"
-                if file_.write(data) != len(data):
-                    raise JournalError(f"could not write {MARK} in {self._directory.place}: the disk is full")
-                await file_.sync()
-            finally:
-                file_.close()
-            await self._files.sync_directory()
+            name, last = self._last_mark(end)
+            stored = self._done if last is None else last.stored
+            for number, change in enumerate(self._changes(stored), 1):
+                self._note(change)
+                if number % _CHANGES_PER_TURN == 0:
+                    await checkpoint()
+            if last is not None and last.epoch + 1 == self._epoch:
+                changed = last.changed
+            else:
+                changed = await self._changed()
+            for incarnation in changed:
+                if (story := self._stories.get(incarnation)) is not None:
+                    story.changed = True
+            await self._write_mark(name, _Mark(self._journal_id, stored, end, self._epoch, changed))
         except OSError as error:
             raise JournalError(
                 f"could not write {MARK} in {self._directory.place}: {error.strerror or error}"
             ) from error
-        return self._done
+
+    def _last_mark(self, end: int) -> tuple[str, _Mark | None]:
+        """What the last run has noted, and in which file; None: this is the first one."""
+        last, found = MARK, None
+        for name in set(_MARKS) & set(self._files.names()):
+            with self._files.read(name) as file, contextlib.suppress(msgspec.MsgspecError):
+                # One that is not whole is of a run that died before anything else.
+                mark = msgspec.json.decode(file.read(), type=_Mark)
+                if (mark.journal, mark.end) != (self._journal_id, end):
+                    continue
+                if found is None or mark.epoch > found.epoch:
+                    last, found = name, mark
+        return last, found
+
+    async def _write_mark(self, last: str, mark: _Mark) -> None:
+        """Put it in the place of the `last` one."""
+        (name,) = set(_MARKS) - {last}
+        if name in self._files.names():
+            self._files.unlink(name)
+        file = self._files.create(name)
+        try:
+            data = msgspec.json.encode(mark) + b"\n"
+            if file.write(data) != len(data):
+                raise JournalError(f"could not write {name} in {self._directory.place}: the disk is full")
+            await file.sync()
+        finally:
+            file.close()
+        await self._files.sync_directory()
+
+    async def _changed(self) -> list[str]:
+        """The incarnations that are there, and that somebody has changed since the journal knew them."""
+        found: list[str] = []
+        for incarnation, story in self._stories.items():
+            current = await self._door.locate(story.session_id)
+            if current is not None and current.incarnation == incarnation and current.sequence != story.previous:
+                found.append(incarnation)
+        return found
 
     def _changes(self, after: int) -> Iterator[Change]:
         """What the journal has above a sequence. What replays or drops something of the quarantine is left there."""
@@ -213,7 +245,7 @@ class LateReplay:
     async def _tidy(self, *, ours: bool) -> None:
         try:
             for name in sorted(self._files.names()):
-                if name == MARK or (not ours and number_of(name) and name == segment_name(number_of(name))):
+                if name in _MARKS or (not ours and number_of(name) and name == segment_name(number_of(name))):
                     self._files.unlink(name)
             await self._files.sync_directory()
         except OSError as error:
@@ -228,11 +260,10 @@ class LateReplay:
             return
         current = await self._door.locate(change.session_id)
         if change.birth is not None and current is None:
-            born = await self._write(change.session_id, lambda _: reborn(change, story, self._log.next, late))
-            story.sequence = born or 0
+            await self._write(change.session_id, lambda _: reborn(change, story, self._log.next, late))
             return
         if current is None or current.incarnation != change.incarnation:
-            if story.born and story.deleted:
+            if story.deleted:
                 return
             current = await self._joined(change, story)
             if current is None:
@@ -247,10 +278,7 @@ class LateReplay:
                 raise StorageUnavailable(f"the session {change.session_id!r} is gone while nobody may write")
             return rebuilt(change, story, found, resident, self._log.next, late)
 
-        alone = story.alone(current)
-        sequence = await self._write(current.session_id, build)
-        if sequence is not None and alone:
-            story.sequence = sequence
+        await self._write(current.session_id, build)
 
     async def _outcome(self, scope: str, key: str) -> OutcomeRow | None:
         async with self._door.view(None) as snapshot:
@@ -266,12 +294,11 @@ class LateReplay:
             session_id = _decode_session(outcome.outcome).session_id
         return await self._door.locate(session_id)
 
-    async def _write(self, session_id: str, build: Callable[[Resident | None], Change | None]) -> int | None:
-        """Put what `build` makes of the session into the log; under which sequence, if it makes anything."""
+    async def _write(self, session_id: str, build: Callable[[Resident | None], Change | None]) -> None:
+        """Put what `build` makes of the session into the log."""
 
-        def decide(current: Resident | None) -> Plan[int | None]:
-            change = build(current)
-            return Plan(change, None if change is None else change.sequence)
+        def decide(current: Resident | None) -> Plan[None]:
+            return Plan(build(current), None)
 
         while True:
             try:
@@ -280,9 +307,7 @@ class LateReplay:
                 await self._store()
 
     def _orphan(self, change: Change) -> None:
-        """Its session was deleted. What only deletes it has nothing to do."""
-        if change.deleted:
-            return
+        """Its session was deleted, and not by this journal too."""
         self._orphans += 1
         reason = "came in late: its session had been deleted"
         late = Late(self._journal_id, change.sequence, reason)
@@ -293,7 +318,6 @@ class LateReplay:
         found = Found()
         place, alone = (current.session_id, current.incarnation), story.alone(current)
         if current.incarnation == change.incarnation:
-            found.saw_all = alone or (self._again and _seems_unchanged(change, current))
             for seq in change.removed:
                 if seq <= story.base and await self._reads.message(*place, seq) is not None:
                     found.removed.append(seq)
@@ -301,7 +325,7 @@ class LateReplay:
             if floor is not None:
                 found.floor = min(floor, story.base)
                 found.left = await self._count_above(current, found.floor)
-            if change.deleted and not found.saw_all:
+            if change.deleted and not alone:
                 found.discarded = await self._documents_seen(story, current)
         for row in change.documents:
             if story.gone_document(row, change.sequence):
@@ -338,8 +362,3 @@ class LateReplay:
             if page.next is None:
                 return count
             after = page.next
-
-
-def _seems_unchanged(change: Change, current: Resident) -> bool:
-    """Whether nobody has changed the session since, as far as its messages and its times tell."""
-    return current.next_seq == change.next_seq and current.last_activity <= change.last_activity

@@ -26,21 +26,25 @@ _EFFECTS: Final = frozenset(
 class Story(msgspec.Struct):
     """What a journal tells of a session from where it was overtaken on: what had been stored, what becomes of the rest.
 
-    `base` is the highest seq that was stored, `sequence` that of the session's last change: stored then, or brought in
-    since. `key` is the idempotency key of the call that created the session, if that was `born` there. `began_at` is
-    the time of its first change, `discarded` has the sequence of the last change that discards a document. In the end
-    it may be `deleted`.
+    `base` is the highest seq that was stored, `previous` the sequence of the session's last change then. `key` is the
+    idempotency key of the call that created the session, if that was `born` there. `began_at` is the time of its first
+    change, `details` and `documents` have the sequences of the last changes of those. In the end it may be `deleted`.
+    `changed`: others have changed it since.
     """
 
+    session_id: str
+    incarnation: str
     base: int
-    sequence: int
+    previous: int
     born: bool
     key: str | None
     began_at: datetime
+    changed: bool = False
     deleted: bool = False
     floor: int = 0
+    details: int = 0
     removed: set[int] = msgspec.field(default_factory=set)
-    discarded: dict[tuple[str, str], int] = msgspec.field(default_factory=dict)
+    documents: dict[tuple[str, str], int] = msgspec.field(default_factory=dict)
 
     @classmethod
     def begun_by(cls, change: Change) -> Story:
@@ -48,8 +52,10 @@ class Story(msgspec.Struct):
         first = _decode_message(change.messages[0]).seq if change.messages else change.next_seq
         key = None if change.birth is None or change.outcome is None else change.outcome.key
         return cls(
+            session_id=change.session_id,
+            incarnation=change.incarnation,
             base=first - 1,
-            sequence=change.previous,
+            previous=change.previous,
             born=change.birth is not None,
             key=key,
             began_at=change.last_activity,
@@ -58,7 +64,10 @@ class Story(msgspec.Struct):
     def add(self, change: Change) -> None:
         """The next change of the session."""
         self.removed.update(change.removed)
-        self.discarded.update(dict.fromkeys(change.discarded, change.sequence))
+        self.documents.update(dict.fromkeys(change.discarded, change.sequence))
+        self.documents.update(((row.collection, row.key), change.sequence) for row in change.documents)
+        if change.details is not None:
+            self.details = change.sequence
         if change.floor is not None:
             self.floor = max(self.floor, change.floor)
         if change.deleted:
@@ -67,15 +76,15 @@ class Story(msgspec.Struct):
 
     def alone(self, current: Resident) -> bool:
         """Whether nobody else has changed the session since: then everything is as the journal knew it."""
-        return current.sequence == self.sequence
+        return current.incarnation == self.incarnation and not self.changed
 
     def saw(self, row: DocumentRow) -> bool:
         """Whether a document that is there was there before the journal's changes, as far as its time tells."""
         return not self.born and row.updated_at <= self.began_at
 
     def gone_document(self, row: DocumentRow, sequence: int) -> bool:
-        """Whether a document that was put under a sequence is removed later on."""
-        return self.deleted or sequence < self.discarded.get((row.collection, row.key), 0)
+        """Whether a document that was put under a sequence is removed or replaced later on."""
+        return self.deleted or sequence < self.documents.get((row.collection, row.key), 0)
 
     def gone(self, seq: int) -> bool:
         """Whether a message that was not stored is removed later on."""
@@ -83,32 +92,36 @@ class Story(msgspec.Struct):
 
 
 class Found(msgspec.Struct):
-    """What of a change has its place: stored messages, documents, a floor and the number of messages above it; and
-    whether a deletion saw all that there is."""
+    """What of a change has its place: stored messages, documents, a floor and the number of messages above it."""
 
     removed: list[int] = []
     floor: int | None = None
     left: int = 0
     documents: list[DocumentRow] = []
     discarded: list[tuple[str, str]] = []
-    saw_all: bool = False
 
 
 def reborn(change: Change, story: Story, sequence: int, late: Late) -> Change:
     """A session that nobody knows: as it was, without what is removed later on."""
     messages = tuple(raw for raw in change.messages if not story.gone(_decode_message(raw).seq))
-    outcome = None if change.outcome is None else replace(change.outcome, sequence=sequence)
     return replace(
-        change, sequence=sequence, messages=messages, message_count=len(messages), outcome=outcome, late=late
+        change,
+        sequence=sequence,
+        messages=messages,
+        message_count=len(messages),
+        documents=tuple(row for row in change.documents if not story.gone_document(row, change.sequence)),
+        outcome=None if change.outcome is None else replace(change.outcome, sequence=sequence),
+        late=late,
     )
 
 
 def rebuilt(change: Change, story: Story, found: Found, current: Resident, sequence: int, late: Late) -> Change | None:
     """The change as it is on top of what there is now; None: nothing is left of it."""
+    alone = story.alone(current)
     messages, next_seq = _placed(change, story, current)
     count = current.message_count if found.floor is None else found.left
     parts: dict[str, Any] = {"message_count": count + len(messages) - len(found.removed), "next_seq": next_seq}
-    if change.deleted and found.saw_all:
+    if change.deleted and alone:
         parts = {"message_count": current.message_count, "next_seq": next_seq, "deleted": True}
     else:
         parts |= {
@@ -123,14 +136,15 @@ def rebuilt(change: Change, story: Story, found: Found, current: Resident, seque
             parts["floor"] = found.floor
     if change.outcome is not None:
         parts["outcome"] = _answer(change, change.outcome, current, messages, sequence)
-    if next_seq == current.next_seq and not any(parts[name] for name in parts.keys() & _EFFECTS):
+    has_effect = next_seq != current.next_seq or any(parts[name] for name in parts.keys() & _EFFECTS)
+    if not alone and not has_effect:
         return None
     return Change(
         sequence=sequence,
         previous=current.sequence,
         session_id=current.session_id,
         incarnation=current.incarnation,
-        last_activity=max(current.last_activity, change.last_activity),
+        last_activity=change.last_activity if alone else max(current.last_activity, change.last_activity),
         late=late,
         **parts,
     )
@@ -186,24 +200,30 @@ def _marked(message: EncodedMessage, seq: int) -> Raw:
 
 
 def _details(change: Change, story: Story, current: Resident) -> Details | None:
-    """The details of a change; where the session was changed later than that, only what it has none of."""
+    """The details of a change, if they are the journal's last ones. Where others have changed the session, the later of
+    theirs and these, by their times, and of the other ones what those don't give."""
     details = change.details
-    if details is None:
+    if details is None or story.deleted or change.sequence < story.details:
         return None
     there = current.details()
-    if change.birth is not None or (current.last_activity > change.last_activity and not story.alone(current)):
-        details = Details(
-            there.title if there.title is not None else details.title,
-            there.description if there.description is not None else details.description,
-            there.metadata if there.metadata != "{}" else details.metadata,
-        )
+    if not story.alone(current):
+        older = change.birth is not None or current.last_activity > change.last_activity
+        details = _filled(there, details) if older else _filled(details, there)
     return None if details == there else details
+
+
+def _filled(first: Details, second: Details) -> Details:
+    return Details(
+        first.title if first.title is not None else second.title,
+        first.description if first.description is not None else second.description,
+        first.metadata if first.metadata != "{}" else second.metadata,
+    )
 
 
 def _context(change: Change, story: Story, current: Resident) -> dict[str, Any]:
     """The context, unless a newer one is there: a switch of agents or other metadata, whichever the call brought."""
     row, there = change.context, current.context
-    if row is None or change.birth is not None:
+    if row is None or change.birth is not None or story.deleted:
         return {}
     if there.updated_at > row.updated_at and not story.alone(current):
         return {}

@@ -442,6 +442,7 @@ class Runtime:
                         reads=self._reads,
                         scheduler=self._scheduler,
                         flush=self.flush,
+                        epoch=self._lease.grant.fence.epoch,
                     ).run(ours=ours)
                 async with AsyncExitStack() as lifespans:
                     for plugin, lifespan in () if ours else self.plugins.lifespans(self):
