@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -396,6 +396,47 @@ async def test_what_nobody_has_touched_comes_in_as_it_was(world: World) -> None:
         assert [each.key for each in (await session.list_documents("notes")).items] == ["n"]
 
 
+async def test_of_details_and_documents_that_were_given_twice_the_last_ones_come_in(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have changed the session; the clock is set back meanwhile, which is how two documents would be told."""
+    await begin(world)
+    times = (utc_now() - timedelta(seconds=number) for number in count())
+    with monkeypatch.context() as patched:
+        patched.setattr("agent_runtime.runtime.utc_now", times.__next__)
+        async with world.losing() as runtime:
+            session = await opened(runtime)
+            await session.append("user", "names the session")
+            await session.update(title="first")
+            await session.update(title="last", metadata={"last": True})
+            await session.put_document("notes", "n", "first")
+            await session.put_document("notes", "n", "last")
+    async with world.second() as runtime:
+        await (await opened(runtime)).put_document("notes", "other", 1)
+    async with world.open() as runtime:
+        session = await opened(runtime)
+        record, document = await session.record(), await session.get_document("notes", "n")
+        assert (record.title, record.metadata) == ("last", {"last": True})
+        assert document is not None
+        assert document.value == "last"
+
+
+async def test_details_that_are_newer_leave_those_that_they_do_not_give(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every change of details states all of them; a first message names its session, and that is such a change."""
+    await begin(world)
+    with monkeypatch.context() as patched:
+        patched.setattr("agent_runtime.runtime.utc_now", lambda: utc_now() + timedelta(hours=1))
+        async with world.losing() as runtime:
+            await (await opened(runtime)).append("user", "late")
+    async with world.second() as runtime:
+        await (await opened(runtime)).update(description="meanwhile", metadata={"meanwhile": True})
+    async with world.open() as runtime:
+        record = await (await opened(runtime)).record()
+        assert (record.title, record.description, record.metadata) == ("late", "meanwhile", {"meanwhile": True})
+
+
 # --- deleted sessions -------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +526,31 @@ async def test_a_late_deletion_of_a_session_that_is_gone_is_done(world: World) -
         await (await opened(runtime)).delete()
     async with world.open() as runtime:
         assert (await runtime.list_sessions()).items == []
+        assert await runtime.quarantine.entries() == []
+
+
+async def test_what_stood_in_a_session_that_is_deleted_later_does_not_come_in(world: World) -> None:
+    """Neither where others go on with the session, nor, in quarantine, where they have deleted it too."""
+    async with world.open() as runtime:
+        for name in ("changed", "deleted"):
+            await (await runtime.create_session(name)).append("user", "x")
+    async with world.losing() as runtime:
+        for name in ("changed", "deleted"):
+            session = await opened(runtime, name)
+            await session.append("user", "secret")
+            await session.update(description="secret", metadata={"secret": True})
+            await session.switch_agent("secret")
+            await session.delete()
+    async with world.second() as runtime:
+        await (await opened(runtime, "changed")).append("user", "meanwhile")
+        await (await opened(runtime, "deleted")).delete()
+    async with world.open() as runtime:
+        session = await opened(runtime, "changed")
+        assert await shown(runtime, "changed") == ["meanwhile"]
+        record = await session.record()
+        assert (record.description, record.metadata) == (None, {})
+        assert (await session.context()).current_agent == "orchestrator"
+        assert await session.switches() == []
         assert await runtime.quarantine.entries() == []
 
 
