@@ -200,7 +200,10 @@ STILL_S = 1.2
 """Longer than the lease of these tests: the event loop stands still, as in a process that is stopped and goes on."""
 
 
-async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(beside: Beside, tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(beside: Beside, broken: bool) -> None:
+    """`broken`: so is, meanwhile, the connection by which it asks first."""
+
     def take_over() -> None:
         config = Config.of(f"sqlite:///{beside.path}", lease={"wait": True})
         with open_runtime_blocking(config) as other:
@@ -212,6 +215,8 @@ async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(besid
             other = threading.Thread(target=take_over)
             other.start()
             other.join()
+            if broken:
+                beside.faults.fail("renew", nth=1)
             writes = [
                 lambda: session.put_document("notes", "n", "older", idempotency_key="k1"),
                 lambda: session.append("user", "x"),

@@ -185,7 +185,7 @@ class LeaseKeeper:
         before = boot_clock()
         in_doubt = before >= self._sure_until
         try:
-            await self._desk.renew(self.grant.fence, self._duration_s)
+            await (self._ask_twice() if in_doubt else self._ask())
         except LeaseLost as error:
             logger.error("the lease is lost: another runtime has taken over")
             self._lost = error
@@ -200,6 +200,18 @@ class LeaseKeeper:
             self._extend(before)
         if self.in_doubt:
             self._doubt.set()
+
+    async def _ask(self) -> None:
+        await self._desk.renew(self.grant.fence, self._duration_s)
+
+    async def _ask_twice(self) -> None:
+        """A connection that broke while the process stood still fails, whether the database is there or not."""
+        try:
+            await self._ask()
+        except LeaseLost:
+            raise
+        except Exception:  # noqa: BLE001 — the second answer counts
+            await self._ask()
 
     async def _look(self) -> None:
         """See that the process has not stood still."""
