@@ -779,6 +779,25 @@ async def test_a_third_runtime_may_write_between_two_tries(world: World) -> None
         assert [each for each in found if each[0] != "s"] == [each for each in EXPECTED if each[0] != "s"]
 
 
+async def test_what_a_third_runtime_does_between_two_tries_is_not_taken_for_what_came_in(world: World) -> None:
+    await begin(world, "x")
+    async with world.losing() as runtime:
+        await (await opened(runtime)).append("user", "late")
+        await (await opened(runtime)).put_document("notes", "n", "late")
+    async with world.second() as runtime:
+        await runtime.create_session("other")
+    with world.away_after(1), pytest.raises(StorageUnavailable):
+        async with world.open(batch_changes=1, durability_timeout_s=0.05, drain_timeout_s=0.02):
+            pass
+    async with world.second() as runtime:
+        assert await shown(runtime) == ["x", "late"]
+        await (await opened(runtime)).put_document("notes", "n", "third")
+    async with world.open() as runtime:
+        document = await (await opened(runtime)).get_document("notes", "n")
+        assert document is not None
+        assert document.value == "third"
+
+
 async def test_a_change_whose_commit_was_unknown_and_landed_comes_once(world: World) -> None:
     await begin(world, "x")
     with world.away_after(0, stored=True), pytest.raises(DrainIncomplete):
