@@ -29,7 +29,7 @@ from agent_runtime import (
 )
 from agent_runtime.errors import DrainIncomplete
 from agent_runtime.journal import LocalFiles, read_directory
-from agent_runtime.testing import Faults, faulty_plugin
+from agent_runtime.testing import Fault, Faults, faulty_plugin
 from agent_runtime_sqlite import open_sqlite
 from http_rig import environment, free_port, serving
 from places import NEVER_S, in_file
@@ -200,21 +200,26 @@ STILL_S = 1.2
 """Longer than the lease of these tests: the event loop stands still, as in a process that is stopped and goes on."""
 
 
-@pytest.mark.parametrize("broken", [False, True])
-async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(beside: Beside, broken: bool) -> None:
-    """`broken`: so is, meanwhile, the connection by which it asks first."""
+def take_over(beside: Beside) -> None:
+    """Another runtime waits until the lease has expired, and writes."""
 
-    def take_over() -> None:
+    def write() -> None:
         config = Config.of(f"sqlite:///{beside.path}", lease={"wait": True})
         with open_runtime_blocking(config) as other:
             other.get_session("s").put_document("notes", "n", "newer", idempotency_key="k2")
 
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.long), True])
+async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(beside: Beside, broken: bool) -> None:
+    """`broken`: so is, meanwhile, the connection by which it asks first."""
     with pytest.raises(LeaseLost):
         async with beside.open(duration_s=1.0) as runtime:
             session = await runtime.get_or_create_session("s", durability="stored")
-            other = threading.Thread(target=take_over)
-            other.start()
-            other.join()
+            take_over(beside)
             if broken:
                 beside.faults.fail("renew", nth=1)
             writes = [
@@ -235,17 +240,40 @@ async def test_who_was_overtaken_while_it_stood_still_acknowledges_nothing(besid
         assert [each.session_id for each in (await runtime.list_sessions()).items] == ["s"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("answered", [False, True])
+async def test_the_answer_to_who_asked_before_it_stood_still_says_nothing(beside: Beside, answered: bool) -> None:
+    woken = anyio.Event()
+
+    def stand_still(_: object) -> None:
+        take_over(beside)
+        woken.set()
+        if not answered:
+            raise StorageUnavailable("the connection is gone")
+
+    with pytest.raises(LeaseLost):
+        async with beside.open(duration_s=1.0) as runtime:
+            session = await runtime.get_or_create_session("s", durability="stored")
+            beside.faults._plan(Fault("renew", 1, after=stand_still))
+            await woken.wait()
+            await _expect_lease_lost(lambda: session.append("user", "x"))
+
+
 async def _expect_lease_lost(write: Callable[[], Awaitable[object]]) -> None:
     with pytest.raises(LeaseLost):
         await write()
 
 
-async def test_who_stood_still_and_was_not_overtaken_renews_before_it_goes_on(beside: Beside) -> None:
+async def test_who_stood_still_and_was_not_overtaken_renews_before_it_goes_on(
+    beside: Beside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent_runtime.lease._PATIENCE_S", 3600.0)
     async with beside.open(duration_s=1.0) as runtime:
         await append(runtime, "x")
         renewed = beside.faults.count("renew")
         time.sleep(STILL_S)
-        await append(runtime, "y")
+        with anyio.fail_after(20):
+            await append(runtime, "y")
         assert beside.faults.count("renew") > renewed
         assert runtime.status().lease.expires_in_s > 0
         assert await texts(runtime) == ["x", "y"]

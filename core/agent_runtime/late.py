@@ -13,7 +13,8 @@ it finds:
   that were stored when the journal was overtaken, documents that were there before its changes. A session that was
   changed since is not deleted, but cleared of those.
 - Contexts and documents that are older than what is there are dropped; of details that are, only those come in that
-  nobody has given since. What is older is told by their times: the database does not say who wrote a document.
+  nobody has given since, and newer ones leave those that they don't give. What is older is told by their times: the
+  database does not say who wrote a document. Of what the journal gave more than once, only the last comes in.
 - Changes of a session that was deleted since go to quarantine, as orphans: they hold nobody. A session that was
   created under an id that another has taken since is joined to that one.
 
