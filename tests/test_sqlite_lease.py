@@ -143,7 +143,7 @@ import sys
 sys.path[:] = sys.argv[2].split(":")
 import anyio
 from msgspec.structs import asdict
-from agent_runtime.process import boot_clock, this_process
+from agent_runtime.process import this_process
 from agent_runtime.storage import Claim, StorageConfig
 from agent_runtime_sqlite.storage import open_storage
 async def main():

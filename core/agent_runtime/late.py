@@ -135,53 +135,60 @@ class LateReplay:
 
     async def _begin(self, end: int) -> None:
         """Learn what there is to know of the whole, and note it on the disk before anything comes in."""
-        try:
-            name, last = self._last_mark(end)
-            stored = self._done if last is None else last.stored
-            for number, change in enumerate(self._changes(stored), 1):
-                self._note(change)
-                if number % _CHANGES_PER_TURN == 0:
-                    await checkpoint()
-            if last is not None and last.epoch + 1 == self._epoch:
-                changed = last.changed
-            else:
-                changed = await self._changed()
-            for incarnation in changed:
-                if (story := self._stories.get(incarnation)) is not None:
-                    story.changed = True
-            await self._write_mark(name, _Mark(self._journal_id, stored, end, self._epoch, changed))
-        except OSError as error:
-            raise JournalError(
-                f"could not write {MARK} in {self._directory.place}: {error.strerror or error}"
-            ) from error
+        name, last = self._last_mark(end)
+        stored = self._done if last is None else last.stored
+        for number, change in enumerate(self._changes(stored), 1):
+            self._note(change)
+            if number % _CHANGES_PER_TURN == 0:
+                await checkpoint()
+        if last is not None and last.epoch + 1 == self._epoch:
+            changed = last.changed
+        else:
+            changed = await self._changed()
+        for incarnation in changed:
+            if (story := self._stories.get(incarnation)) is not None:
+                story.changed = True
+        await self._write_mark(name, _Mark(self._journal_id, stored, end, self._epoch, changed))
 
     def _last_mark(self, end: int) -> tuple[str, _Mark | None]:
         """What the last run has noted, and in which file; None: this is the first one."""
         last, found = MARK, None
-        for name in set(_MARKS) & set(self._files.names()):
-            with self._files.read(name) as file, contextlib.suppress(msgspec.MsgspecError):
-                # One that is not whole is of a run that died before anything else.
-                mark = msgspec.json.decode(file.read(), type=_Mark)
-                if (mark.journal, mark.end) != (self._journal_id, end):
-                    continue
-                if found is None or mark.epoch > found.epoch:
-                    last, found = name, mark
+        with self._accessing("read"):
+            for name in set(_MARKS) & set(self._files.names()):
+                with self._files.read(name) as file, contextlib.suppress(msgspec.MsgspecError):
+                    # One that is not whole is of a run that died before anything else.
+                    mark = msgspec.json.decode(file.read(), type=_Mark)
+                    if (mark.journal, mark.end) != (self._journal_id, end):
+                        continue
+                    if found is None or mark.epoch > found.epoch:
+                        last, found = name, mark
         return last, found
 
     async def _write_mark(self, last: str, mark: _Mark) -> None:
         """Put it in the place of the `last` one."""
         (name,) = set(_MARKS) - {last}
-        if name in self._files.names():
-            self._files.unlink(name)
-        file = self._files.create(name)
+        with self._accessing("write"):
+            if name in self._files.names():
+                self._files.unlink(name)
+            file = self._files.create(name)
+            try:
+                data = msgspec.json.encode(mark) + b"\n"
+                if file.write(data) != len(data):
+                    raise JournalError(f"could not write {name} in {self._directory.place}: the disk is full")
+                await file.sync()
+            finally:
+                file.close()
+            await self._files.sync_directory()
+
+    @contextlib.contextmanager
+    def _accessing(self, verb: str) -> Iterator[None]:
+        """What the disk refuses of a mark is an error that says so."""
         try:
-            data = msgspec.json.encode(mark) + b"\n"
-            if file.write(data) != len(data):
-                raise JournalError(f"could not write {name} in {self._directory.place}: the disk is full")
-            await file.sync()
-        finally:
-            file.close()
-        await self._files.sync_directory()
+            yield
+        except OSError as error:
+            raise JournalError(
+                f"could not {verb} {MARK} in {self._directory.place}: {error.strerror or error}"
+            ) from error
 
     async def _changed(self) -> list[str]:
         """The incarnations that are there, and that somebody has changed since the journal knew them."""

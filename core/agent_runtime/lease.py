@@ -135,7 +135,7 @@ class LeaseKeeper:
     @property
     def expired(self) -> bool:
         """Whether another runtime may have taken the lease, as far as this one knows."""
-        return boot_clock() >= self._expires_at
+        return self.expires_in_s <= 0
 
     @property
     def in_doubt(self) -> bool:
